@@ -1,0 +1,209 @@
+"""The command line: one command for each stage of ``dvc.yaml``.
+
+Heavy libraries are imported inside the commands, so that a stage pays for what it uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from folora.params import Params
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model with LoRA without losing what it already knew.",
+)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+Output = Annotated[Path, typer.Option(help="What to write.")]
+Threads = Annotated[int, typer.Option(min=1, help="Torch threads; a part of the result.")]
+Foundation = Annotated[Path, typer.Option(help="Output of the foundation stage.")]
+
+DEFAULT_PARAMS = Path("params.yaml")
+
+T = TypeVar("T")
+
+
+def _params(path: Path, threads: int | None = None) -> Params:
+    """Load the parameters and, where the stage computes, fix what would change the last bits."""
+    from folora.params import load_params
+
+    params = load_params(path)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(mode=True)
+    return params
+
+
+@app.command()
+def foundation(
+    world: Annotated[Path, typer.Option(help="Folder for the synthetic world's data and evaluation tasks.")],
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Train the offline base model, or pin a model that exists."""
+    params = _params(params_file, threads)
+    from folora.foundation import pin_foundation, train_foundation
+    from folora.params import PretrainedFoundation
+    from folora.world import write_world
+
+    if isinstance(params.foundation, PretrainedFoundation):
+        pin_foundation(params.foundation, output)
+    else:
+        train_foundation(params.foundation, params.world, output)
+    write_world(params.world, world)
+
+
+@app.command()
+def task(
+    name: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
+    foundation: Foundation,
+    output: Output,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Render and tokenise the training rows of a task."""
+    params = _params(params_file)
+    from folora.base import open_base
+    from folora.task import prepare_task
+
+    prepare_task(_entry(params.tasks, name, "tasks"), open_base(foundation), output)
+
+
+@app.command()
+def proxy(
+    shard: Annotated[str, typer.Argument(help="Number of the shard, or `heldout`.")],
+    foundation: Foundation,
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Sample text from the base model."""
+    params = _params(params_file, threads)
+    from folora.base import open_base
+    from folora.proxy import generate_proxy
+
+    generate_proxy(params.proxy, shard, open_base(foundation), output)
+
+
+@app.command()
+def covariance(
+    foundation: Foundation,
+    rows: Annotated[Path, typer.Option(help="Parquet of the task or the proxy stage.")],
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Sum the second moments of the layer inputs over some text."""
+    params = _params(params_file, threads)
+    from folora.base import open_base
+    from folora.covariance import compute_covariance
+
+    compute_covariance(params, open_base(foundation), rows, output)
+
+
+@app.command()
+def spectrum(
+    task: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
+    foundation: Foundation,
+    proxy_moments: Annotated[Path, typer.Option(help="Folder with the covariance of every proxy shard.")],
+    task_moments: Annotated[Path, typer.Option(help="Covariance of the task.")],
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Solve the generalised eigenproblem of every layer input."""
+    params = _params(params_file, threads)
+    from folora.base import open_base
+    from folora.spectrum import compute_spectrum
+
+    _entry(params.tasks, task, "tasks")
+    compute_spectrum(params, task, open_base(foundation), proxy_moments, task_moments, output)
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
+    foundation: Foundation,
+    task_rows: Annotated[Path, typer.Option(help="Parquet of the task stage.")],
+    proxy: Annotated[Path, typer.Option(help="Folder with the proxy shards.")],
+    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")],
+    spectrum: Annotated[Path, typer.Option(help="Output of the spectrum stage.")],
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Train the adapter of one run."""
+    params = _params(params_file, threads)
+    _entry(params.runs, run, "runs")
+    from folora.base import open_base
+    from folora.train import TrainInputs, train_run
+
+    train_run(params, run, open_base(foundation), TrainInputs(task_rows, proxy, heldout, spectrum), output)
+
+
+@app.command()
+def evaluate(
+    method: Annotated[str, typer.Argument(help="Entry of methods in params.yaml, or `base`.")],
+    foundation: Foundation,
+    tasks: Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")],
+    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")],
+    output: Output,
+    threads: Threads,
+    runs: Annotated[Path | None, typer.Option(help="Folder with the runs of the method.")] = None,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Measure the base model, or every checkpoint of every run of a method."""
+    params = _params(params_file, threads)
+    from folora.base import open_base
+    from folora.evaluate import evaluate_base, evaluate_method
+
+    base = open_base(foundation)
+    if runs is None:
+        evaluate_base(params, base, tasks, heldout, output)
+    else:
+        _entry(params.methods, method, "methods")
+        evaluate_method(params, method, base, tasks, heldout, runs, output)
+
+
+@app.command()
+def report(
+    evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
+    output: Output,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Draw the comparison and print its summary."""
+    params = _params(params_file)
+    from folora.report import write_report
+
+    write_report(params, evaluations, output)
+
+
+def _entry(table: dict[str, T], name: str, section: str) -> T:
+    if name not in table:
+        raise FoLoRAError(f"{section}: {name!r} is not in params.yaml; there are {', '.join(table)}")
+    return table[name]
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user is one line on standard error and exit code 1."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FoLoRAError as error:
+        print(f"folora: {error}", file=sys.stderr)
+        sys.exit(1)

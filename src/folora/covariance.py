@@ -1,0 +1,96 @@
+"""The covariance stage: second moments of the layer inputs over one Parquet file of proxy or task tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from folora.errors import FoLoRAError
+from folora.layers import Groups, adapted_layers, batches, input_groups
+from folora.moments import Moments, collect
+from folora.storage import digest_of_file, read_table, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from folora.base import Base
+    from folora.params import Params
+
+
+def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> None:
+    """Sum x xᵀ of every distinct layer input over the rows of a file; write the sums and the token count.
+
+    Args:
+        params: ``covariance`` says which positions of a row count, ``adapter.target_modules`` which layers.
+        base: the model the rows are run through.
+        rows: Parquet of the proxy or the task stage.
+        output: the safetensors file to write.
+
+    Raises:
+        FoLoRAError: the rows come from another model or tokenizer, or no token counts.
+    """
+    table, manifest = read_table(rows, **base.identity)
+    settings = params.covariance
+    if manifest["artefact"] == "proxy":
+        token_ids, positions, loss_masks = table["token_ids"].to_pylist(), settings.proxy_positions, None
+    else:
+        token_ids, positions = table["input_ids"].to_pylist(), settings.task_positions
+        loss_masks = table["loss_mask"].to_pylist()
+
+    model = base.load_model()
+    padding = base.load_tokenizer().pad_token_id
+    layers = adapted_layers(model, params.adapter.target_modules)
+    groups = input_groups(model, layers, torch.tensor([token_ids[0]]))
+    with torch.inference_mode(), collect({leader: layers[leader] for leader in groups}) as collector:
+        for input_ids, mask, numbers in batches(token_ids, settings.batch_size, padding):
+            collector.select(mask & _counted(positions, mask, loss_masks, numbers))
+            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    if not collector.moments.tokens:
+        raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
+    write_tensors(
+        output,
+        collector.moments.sums,
+        {
+            "artefact": "covariance",
+            **base.identity,
+            "rows": digest_of_file(rows),
+            **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
+            "positions": positions,
+            "tokens": collector.moments.tokens,
+            "groups": groups,
+        },
+    )
+
+
+def _counted(positions: str, mask: Tensor, loss_masks: list[list[bool]] | None, numbers: range) -> Tensor:
+    counted = torch.ones_like(mask)
+    if positions == "without_first":
+        counted[:, 0] = False
+    elif positions == "response":
+        assert loss_masks is not None, "params.py allows response positions for the task only"
+        length = mask.shape[1]
+        padded = [loss_masks[n] + [False] * (length - len(loss_masks[n])) for n in numbers]
+        counted = torch.tensor(padded)
+    return counted
+
+
+def read_moments(paths: list[Path], **expected: Any) -> tuple[Moments, Groups]:
+    """Add up the moments of shards, in the order given.
+
+    Raises:
+        FoLoRAError: a shard is damaged, of another model or parameter set, or has other layers than the first.
+    """
+    total: Moments | None = None
+    groups: Groups = {}
+    for path in paths:
+        sums, manifest = read_tensors(path, artefact="covariance", **expected)
+        if total is None:
+            total, groups = Moments(sums, manifest["tokens"]), manifest["groups"]
+            expected |= {"positions": manifest["positions"], "groups": groups}
+        else:
+            total.add(Moments(sums, manifest["tokens"]))
+    assert total is not None, "params.py asks for at least one shard"
+    return total, groups

@@ -1,0 +1,114 @@
+"""The stage graph of ``dvc.yaml`` as plain values, for the Snakefile and its tests.
+
+This is the one file that uses DVC's undocumented index; ``pyproject.toml`` pins the version it was tried with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dvc.dependency import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+
+from folora.errors import FoLoRAError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A resolved DVC stage.
+
+    Attributes:
+        name: DVC's address, such as ``train@folora-1e-2-s0``.
+        command: the shell command.
+        inputs: outputs of other stages that it reads.
+        sources: files that no stage makes (code, data).
+        outputs: what it writes; a path without a suffix is a folder.
+        threads: cores it occupies.
+        mem_mb: memory it may need.
+    """
+
+    name: str
+    command: str
+    inputs: tuple[str, ...]
+    sources: tuple[str, ...]
+    outputs: tuple[str, ...]
+    threads: int
+    mem_mb: int
+
+    @property
+    def rule(self) -> str:
+        """The stage's name as a Snakemake rule name, an identifier."""
+        return "".join(character if character.isalnum() else "_" for character in self.name)
+
+
+def is_folder(output: str) -> bool:
+    """Whether an output is a folder: by the layout's convention, one whose name has no suffix."""
+    return not PurePosixPath(output).suffix
+
+
+def resolve_stages(root: Path) -> dict[str, Stage]:
+    """All stages of ``dvc.yaml``, by name, with their ``foreach`` and parameters resolved.
+
+    Raises:
+        FoLoRAError: no DVC repository, or ``dvc.yaml`` does not resolve.
+    """
+    with _repository(root) as repo:
+        try:
+            stages = [stage for stage in repo.index.stages if stage.is_data_source is False and stage.cmd]
+        except DvcException as error:
+            raise FoLoRAError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from error
+        outputs = {stage.addressing: tuple(out.def_path for out in stage.outs) for stage in stages}
+        every = [output for paths in outputs.values() for output in paths]
+        resolved = {}
+        for stage in stages:
+            paths = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+            inputs = {path: [output for output in every if _overlap(path, output)] for path in paths}
+            resolved[stage.addressing] = Stage(
+                name=stage.addressing,
+                command=stage.cmd,
+                inputs=tuple(dict.fromkeys(output for found in inputs.values() for output in found)),
+                sources=tuple(path for path, found in inputs.items() if not found),
+                outputs=outputs[stage.addressing],
+                threads=int(stage.meta["threads"]),
+                mem_mb=int(stage.meta["mem_mb"]),
+            )
+        return resolved
+
+
+def stale_stages(root: Path) -> set[str]:
+    """Names of the stages that ``dvc status`` reports: something they depend on, or an output, has changed.
+
+    A stage below a stale one is not reported until that one has run.
+    """
+    with _repository(root) as repo:
+        try:
+            return set(repo.status())
+        except DvcException as error:
+            raise FoLoRAError(f"{root}: dvc status failed: {' '.join(str(error).split())}") from error
+
+
+def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
+    """The named stages and every stage that reads what they make, directly or not."""
+    found = set(names)
+    while True:
+        made = {output for name in found for output in stages[name].outputs}
+        grown = found | {name for name, stage in stages.items() if made.intersection(stage.inputs)}
+        if grown == found:
+            return found
+        found = grown
+
+
+def _overlap(dependency: str, output: str) -> bool:
+    """Whether one path is the other or lies inside it."""
+    first, second = PurePosixPath(dependency), PurePosixPath(output)
+    return first == second or first in second.parents or second in first.parents
+
+
+def _repository(root: Path) -> Repo:
+    try:
+        return Repo(str(root))
+    except DvcException as error:
+        reason = " ".join(str(error).split())
+        raise FoLoRAError(f"{root}: {reason} (in a copy without git: `git init`, or `dvc config core.no_scm true`)") from error

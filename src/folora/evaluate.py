@@ -1,0 +1,207 @@
+"""The evaluate stage: every checkpoint of every run of a method on the target and the kept tasks, in one process.
+
+Accuracies come from the lm-evaluation-harness with local task files; KL to the base and perplexity from held-out
+proxy text. A folder of results holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item,
+so that methods can be compared item by item).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from folora.divergence import Divergence, HeldOutText
+from folora.errors import FoLoRAError
+from folora.storage import (
+    MANIFEST_FILE,
+    check_manifest,
+    digest_of,
+    digest_of_file,
+    publish,
+    read_json,
+    read_table,
+    require,
+    write_table,
+)
+from folora.tracking import run_log, source_tags
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from folora.base import Base
+    from folora.params import Params, Run
+
+Record = dict[str, Any]
+BASE = "base"
+
+
+class Evaluator:
+    """Measures models on tasks and held-out text; the base model's part is computed once."""
+
+    def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
+        settings = params.proxy.model_dump(exclude={"shards"})
+        table, _ = read_table(heldout, artefact="proxy", **base.identity, proxy=settings)
+        self.base = base
+        self.tokenizer = base.load_tokenizer()
+        self.model = base.load_model()
+        self._kept = params.evaluation.kept
+        self._batch_size = params.evaluation.batch_size
+        self._tasks = tasks
+        self._loaded: dict[str, dict[str, Any]] = {}
+        self._text = HeldOutText(
+            self.model, table["token_ids"].to_pylist(), self._batch_size, self.tokenizer.pad_token_id
+        )
+
+    def divergence(self, model: PreTrainedModel) -> Divergence:
+        """KL to the base and perplexity on the held-out text."""
+        return self._text.measure(model)
+
+    def answers(self, model: PreTrainedModel, task_names: list[str]) -> list[Record]:
+        """Ask every item of the named tasks: ``task``, ``item``, ``prompt``, ``expected``, ``answer``, ``correct``."""
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        lm = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self._batch_size, add_bos_token=True)
+        result = evaluate(lm, self._load(task_names), bootstrap_iters=0, verbosity="ERROR")
+        return [
+            {
+                "task": name,
+                "item": sample["doc_id"],
+                "prompt": sample["arguments"][0][0],
+                "expected": str(sample["target"]),
+                "answer": str(sample["filtered_resps"][0]),
+                "correct": bool(sample["exact_match"]),
+            }
+            for name in task_names
+            for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
+        ]
+
+    def tasks_of(self, settings: Any) -> list[str]:
+        """Names of the evaluation tasks of one adaptation: target, validation and kept."""
+        return [settings.target, settings.validation, *self._kept]
+
+    def _load(self, names: list[str]) -> Any:
+        key = ",".join(names)
+        if key not in self._loaded:
+            self._loaded[key] = load_tasks(self._tasks, names)
+        return self._loaded[key]
+
+
+def load_tasks(folder: Path, names: list[str]) -> Any:
+    """Load lm-evaluation-harness tasks from ``folder/evaluation``; data files are relative to ``folder``.
+
+    Raises:
+        FoLoRAError: a task or its data is missing.
+    """
+    from lm_eval.tasks import TaskManager
+
+    specs = []
+    for name in names:
+        path = folder / "evaluation" / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+            raise FoLoRAError(f"{path}: no such evaluation task; there are {known or 'none'}")
+        spec = read_json(path)
+        files = spec["dataset_kwargs"]["data_files"]
+        spec["dataset_kwargs"]["data_files"] = {
+            split: str(require(folder / file).resolve()) for split, file in files.items()
+        }
+        specs.append(spec)
+    return TaskManager(include_defaults=False, verbosity="ERROR").load(specs)
+
+
+def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output: Path) -> None:
+    """Measure the base model on the tasks of every adaptation."""
+    evaluator = Evaluator(params, base, tasks, heldout)
+    metrics: list[Record] = []
+    answers: list[Record] = []
+    for name, settings in params.tasks.items():
+        key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
+        answered = evaluator.answers(evaluator.model, evaluator.tasks_of(settings))
+        metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.divergence(evaluator.model))})
+        answers += [{**key, **answer} for answer in answered]
+    _write(output, metrics, answers)
+
+
+def evaluate_method(params: Params, method: str, base: Base, tasks: Path, heldout: Path, runs: Path, output: Path) -> None:
+    """Measure every checkpoint of every run of a method, and log the last one's metrics to the run's MLflow run.
+
+    Raises:
+        FoLoRAError: a run is missing or of another model, or an adapter changes nothing.
+    """
+    evaluator = Evaluator(params, base, tasks, heldout)
+    metrics: list[Record] = []
+    answers: list[Record] = []
+    model: PeftModel | None = None
+    for name, run in params.runs_of(method).items():
+        manifest = read_json(runs / name / MANIFEST_FILE)
+        check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+        results = []
+        for checkpoint in sorted((runs / name / "checkpoints").iterdir(), key=lambda path: int(path.name)):
+            model = load_checkpoint(model or evaluator.model, checkpoint)
+            key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
+            key |= {"seed": run.seed, "step": int(checkpoint.name)}
+            record, answered = _measure(evaluator, model, run, params, checkpoint)
+            results.append({**key, **record})
+            answers += [{**key, **answer} for answer in answered]
+        metrics += results
+        _log(params, name, run, digest_of(manifest), results)
+    _write(output, metrics, answers)
+
+
+def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PeftModel:
+    """Load an adapter on a base model, or in place of the adapter that is already on it."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return PeftModel.from_pretrained(model, checkpoint).eval()
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    return model
+
+
+def _measure(
+    evaluator: Evaluator, model: PeftModel, run: Run, params: Params, checkpoint: Path
+) -> tuple[Record, list[Record]]:
+    settings = params.tasks[run.task]
+    divergence = evaluator.divergence(model)
+    if divergence.kl == 0:
+        raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
+    answered = evaluator.answers(model, evaluator.tasks_of(settings))
+    return {**scores(answered, settings, params), **asdict(divergence)}, answered
+
+
+def scores(answers: list[Record], settings: Any, params: Params) -> Record:
+    """Accuracies: ``target``, ``validation``, ``kept`` (mean of the kept tasks) and each kept task by itself."""
+    accuracy = {}
+    for name in dict.fromkeys(answer["task"] for answer in answers):
+        correct = [answer["correct"] for answer in answers if answer["task"] == name]
+        accuracy[name] = sum(correct) / len(correct)
+    kept = [accuracy[name] for name in params.evaluation.kept]
+    return {
+        "target": accuracy[settings.target],
+        "validation": accuracy[settings.validation],
+        "kept": sum(kept) / len(kept),
+        **{f"kept/{name}": accuracy[name] for name in params.evaluation.kept},
+    }
+
+
+def _log(params: Params, name: str, run: Run, digest: str, results: list[Record]) -> None:
+    title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
+    tags = {"method": run.method, "task": run.task, "run": name, "stage": "evaluate", **source_tags()}
+    with run_log(params.tracking, title, digest, tags) as log:
+        for result in results:
+            values = {key: value for key, value in result.items() if isinstance(value, float)}
+            log.metrics({key: value for key, value in values.items() if key != "learning_rate"}, result["step"])
+
+
+def _write(output: Path, metrics: list[Record], answers: list[Record]) -> None:
+    with publish(output) as folder:
+        folder.mkdir()
+        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), {"artefact": "metrics"})
+        manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
+        write_table(folder / "answers.parquet", pa.Table.from_pylist(answers), manifest)

@@ -1,0 +1,157 @@
+"""The foundation stage: train the offline model from scratch, or pin a model that exists.
+
+The offline preset trains a small Llama on the synthetic world, hidden matrices with Muon, the rest with AdamW. The
+loss covers prompts as well as answers, so that the model can later be sampled from its BOS token.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from folora.base import digests, pinned_folder
+from folora.errors import FoLoRAError
+from folora.storage import FORMAT, MANIFEST_FILE, publish, write_json
+from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from folora.params import OfflineFoundation, PretrainedFoundation, World
+
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+WARMUP_STEPS = 50
+DECAY_SHARE = 0.6  # the learning rate falls linearly to zero over this last part of the steps
+CLIP_NORM = 1.0
+
+
+def train_foundation(settings: OfflineFoundation, world: World, output: Path) -> None:
+    """Train the offline foundation and write model, tokenizer and manifest to ``output``."""
+    skills = build_skills(world)
+    tokenizer = character_tokenizer()
+    model = pretrain(settings, skills, tokenizer)
+    with publish(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(
+            folder / MANIFEST_FILE,
+            {"format": FORMAT, "artefact": "foundation", "source": None, "commit": None, **digests(folder)}
+            | {"foundation": settings.model_dump(), "world": world.model_dump()},
+        )
+
+
+def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
+    """Write a manifest that pins an existing model: its source, commit and the digest of every file."""
+    folder = pinned_folder(settings.model, settings.revision)
+    # the hub keeps a snapshot in a folder named after its commit
+    commit = folder.name if folder.parent.name == "snapshots" else settings.revision
+    with publish(output) as partial:
+        partial.mkdir()
+        write_json(
+            partial / MANIFEST_FILE,
+            {"format": FORMAT, "artefact": "foundation", "source": settings.model, "commit": commit}
+            | digests(folder),
+        )
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character of the world, and PAD, BOS and EOS; encoding a text puts BOS before it."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: number for number, token in enumerate((PAD, BOS, EOS, *VOCABULARY))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pretrain(
+    settings: OfflineFoundation, skills: dict[str, Skill], tokenizer: PreTrainedTokenizerFast
+) -> LlamaForCausalLM:
+    """Train a Llama from scratch on the pretraining mixture of the world."""
+    import torch
+    from rich.progress import track
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.width,
+            intermediate_size=settings.intermediate,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=settings.context,
+            tie_word_embeddings=False,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            attn_implementation="eager",
+        )
+    )
+    optimizers = _optimizers(model, settings)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _schedule(settings.steps)) for o in optimizers]
+    batches = _pretraining_batches(settings, skills, tokenizer)
+    for _ in track(range(settings.steps), description="pretraining", total=settings.steps):
+        input_ids = next(batches)
+        labels = input_ids.masked_fill(input_ids == tokenizer.pad_token_id, -100)
+        # padding lies on the right, where causal attention never looks back from a real token: no mask is needed
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    return model.eval()
+
+
+def _optimizers(model: LlamaForCausalLM, settings: OfflineFoundation) -> list[torch.optim.Optimizer]:
+    import torch
+
+    from folora.muon import Muon
+
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    chosen = set(map(id, hidden))
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    decay = settings.weight_decay
+    return [
+        Muon(hidden, lr=settings.learning_rate, weight_decay=decay),
+        torch.optim.AdamW(rest, lr=settings.embedding_learning_rate, weight_decay=decay),
+    ]
+
+
+def _schedule(steps: int):  # noqa: ANN202 - a closure for LambdaLR
+    return lambda step: min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
+
+
+def _pretraining_batches(
+    settings: OfflineFoundation, skills: dict[str, Skill], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Tensor]:
+    """Right-padded batches (batch, length) of token ids, endlessly."""
+    import torch
+
+    items = pretraining_items(skills, random.Random(settings.seed))
+    ids = tokenizer.get_vocab()
+    while True:
+        documents = [next(items) for _ in range(settings.batch_size)]
+        rows = [[ids[BOS], *(ids[c] for c in item["prompt"] + item["response"]), ids[EOS]] for item in documents]
+        length = max(map(len, rows))
+        if length > settings.context:
+            raise FoLoRAError(f"foundation.context: {settings.context} is shorter than a document of {length} tokens")
+        yield torch.tensor([row + [ids[PAD]] * (length - len(row)) for row in rows])

@@ -1,0 +1,59 @@
+"""Frontiers: what a method keeps, and how far it drifts, at each target accuracy it can reach.
+
+A method is a set of points, one a checkpoint of a run. The base model (no adaptation) is a point of every method.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint: target accuracy, kept accuracy and KL to the base in nats per token."""
+
+    target: float
+    kept: float
+    kl: float
+
+
+def pareto(points: list[Point], cost: str) -> list[Point]:
+    """The points that no other beats on both target and ``cost``, by ascending target.
+
+    Args:
+        points: any points.
+        cost: ``kept`` (greater is better) or ``kl`` (less is better).
+    """
+
+    def quality(point: Point) -> float:
+        return point.kept if cost == "kept" else -point.kl
+
+    frontier: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.target, quality(p)), reverse=True):
+        if not frontier or quality(point) > quality(frontier[-1]):
+            frontier.append(point)
+    return frontier[::-1]
+
+
+def at_target(points: list[Point], target: float) -> tuple[float, float] | None:
+    """Kept accuracy and KL of a method at a target accuracy, interpolated linearly on its two frontiers.
+
+    KL grows faster than linearly with the target, so interpolation tends to overstate it between points.
+
+    Returns:
+        (kept, KL), or None where no point reaches the target.
+    """
+    if not points or max(point.target for point in points) < target:
+        return None
+    kept = _interpolate([(p.target, p.kept) for p in pareto(points, "kept")], target)
+    kl = _interpolate([(p.target, p.kl) for p in pareto(points, "kl")], target)
+    return kept, kl
+
+
+def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return curve[-1][1]

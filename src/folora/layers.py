@@ -1,0 +1,114 @@
+"""The linear layers that are adapted, and which of them read the same input.
+
+q, k and v of one attention block share their input, so do gate and up: one moment and one basis serve them all.
+Shared inputs are found by tensor identity in one traced forward pass, never by module names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+Groups = dict[str, list[str]]
+
+
+def adapted_layers(
+    model: PreTrainedModel, target_modules: Literal["all-linear"] | list[str]
+) -> dict[str, nn.Linear]:
+    """The linear layers to adapt, by module name, in the order of the model.
+
+    Args:
+        model: a causal language model.
+        target_modules: ``all-linear`` (all but the output embedding) or names, each of which must match the end of
+            a module name, as PEFT matches them.
+
+    Raises:
+        FoLoRAError: an entry matches no linear layer.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        chosen = {name: module for name, module in linear.items() if module is not head}
+        if not chosen:
+            raise FoLoRAError(f"adapter.target_modules: {type(model).__name__} has no torch.nn.Linear layer to adapt")
+        return chosen
+    for target in target_modules:
+        if not any(_matches(name, target) for name in linear):
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise FoLoRAError(f"adapter.target_modules: {target!r} matches no linear layer; there are {', '.join(kinds)}")
+    return {name: module for name, module in linear.items() if any(_matches(name, t) for t in target_modules)}
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+@torch.no_grad()
+def input_groups(model: PreTrainedModel, layers: dict[str, nn.Linear], input_ids: Tensor) -> Groups:
+    """Group layers by the tensor they read.
+
+    Args:
+        model: the model that holds the layers.
+        layers: from ``adapted_layers``.
+        input_ids: (batch, length), any tokens.
+
+    Returns:
+        The first layer of each group to all of its layers, in the order of the forward pass.
+
+    Raises:
+        FoLoRAError: a layer is not reached by the forward pass.
+    """
+    seen: dict[str, Tensor] = {}  # holding the tensors keeps their identities apart
+
+    def remember(name: str):  # noqa: ANN202 - a hook
+        return lambda _module, inputs: seen.setdefault(name, inputs[0])
+
+    with hooks(layers, remember):
+        model(input_ids=input_ids)
+    missing = [name for name in layers if name not in seen]
+    if missing:
+        raise FoLoRAError(f"adapter.target_modules: the forward pass never reaches {missing[0]}: leave it out")
+    groups: Groups = {}
+    leaders: dict[int, str] = {}
+    for name, tensor in seen.items():
+        groups.setdefault(leaders.setdefault(id(tensor), name), []).append(name)
+    return groups
+
+
+class hooks:  # noqa: N801 - used as a context manager
+    """Register ``make(name)`` as forward pre-hook of each layer for the length of a ``with`` block."""
+
+    def __init__(self, layers: dict[str, nn.Linear], make) -> None:  # noqa: ANN001
+        self._layers, self._make = layers, make
+
+    def __enter__(self) -> None:
+        self._handles = [
+            layer.register_forward_pre_hook(self._make(name)) for name, layer in self._layers.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def batches(rows: list[list[int]], size: int, padding: int) -> Iterator[tuple[Tensor, Tensor, range]]:
+    """Right-padded batches of token rows.
+
+    Yields:
+        ``input_ids`` (batch, length), ``mask`` (batch, length) of bool, and the row numbers.
+    """
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        length = max(map(len, chunk))
+        input_ids = torch.tensor([row + [padding] * (length - len(row)) for row in chunk])
+        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in chunk])
+        yield input_ids, mask, range(start, start + len(chunk))

@@ -1,0 +1,46 @@
+"""Methods of forgetting-aware fine-tuning, one file each, found by their ``kind``.
+
+To add one: write a file here with a subclass of ``Method``, and name its kind under ``methods:`` in params.yaml.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from pydantic import ValidationError
+
+from folora.methods.base import Method
+
+
+def kinds() -> dict[str, type[Method]]:
+    """Every method class of this package, by kind."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return {cls.kind_name(): cls for cls in sorted(_subclasses(Method), key=lambda cls: cls.__name__) if cls.has_kind()}
+
+
+def _subclasses(cls: type[Method]) -> set[type[Method]]:
+    return {cls for child in cls.__subclasses__() for cls in {child, *_subclasses(child)}}
+
+
+def method_from(name: str, section: Any) -> Method:
+    """Build the method of one entry of ``methods:``.
+
+    Raises:
+        ValueError: no or an unknown kind, or a parameter that the kind refuses; names the key.
+    """
+    known = kinds()
+    kind = section.get("kind") if isinstance(section, dict) else None
+    if kind not in known:
+        raise ValueError(f"methods.{name}.kind: {kind!r} is not one of {', '.join(known)}")
+    try:
+        return known[kind].model_validate(section)
+    except ValidationError as error:
+        from folora.params import describe
+
+        raise ValueError(f"methods.{name}.{describe(error)}") from error
+
+
+__all__ = ["Method", "kinds", "method_from"]

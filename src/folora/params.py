@@ -1,0 +1,247 @@
+"""Types and bounds of ``params.yaml``. No value has a default here: the file says everything.
+
+The file is read as YAML 1.2, as DVC reads it, so that ``1e-3`` is a number everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from folora.errors import FoLoRAError
+from folora.methods import Method, method_from
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of params.yaml: unknown keys are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class World(Section):
+    """The synthetic world that the offline foundation is trained on."""
+
+    seed: Seed
+    names: Annotated[int, Field(ge=2, le=2000, description="entries of each fact table")]
+    largest_number: Annotated[int, Field(ge=9, le=99, description="operands lie in 0 .. this")]
+    test_items: Annotated[int, Field(ge=1, le=1000, description="items per skill and split of the evaluation")]
+
+
+class OfflineFoundation(Section):
+    """A small Llama, trained here from scratch."""
+
+    source: Literal["offline"]
+    seed: Seed
+    width: Annotated[int, Field(ge=8, le=4096)]
+    layers: Annotated[int, Field(ge=1, le=64)]
+    heads: Annotated[int, Field(ge=1, le=64)]
+    intermediate: Annotated[int, Field(ge=8, le=16384)]
+    context: Annotated[int, Field(ge=16, le=4096, description="positions")]
+    steps: Count
+    batch_size: Count
+    learning_rate: Rate
+    embedding_learning_rate: Rate
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> OfflineFoundation:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} must be a multiple of twice the heads ({2 * self.heads})")
+        return self
+
+
+class PretrainedFoundation(Section):
+    """A model that exists: a hub id with its revision, or a local folder."""
+
+    source: Literal["pretrained"]
+    model: str
+    revision: str | None
+
+
+class Task(Section):
+    """What to adapt to: rows to train on and the evaluation tasks that measure it."""
+
+    dataset: Annotated[str, Field(description="folder with train.jsonl, .csv or .parquet, or one such file")]
+    prompt: Annotated[str, Field(description="Jinja template over the columns of a row")]
+    response: Annotated[str, Field(description="Jinja template over the columns of a row")]
+    max_length: Annotated[int, Field(ge=4, le=131072, description="tokens of prompt and response")]
+    target: Annotated[Name, Field(description="evaluation task of the target ability, test split")]
+    validation: Annotated[Name, Field(description="the same on the validation split: chooses the learning rate")]
+
+
+class Proxy(Section):
+    """Text sampled from the base model itself."""
+
+    seed: Seed
+    shards: Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
+    sequences: Annotated[int, Field(ge=1, description="sampled sequences per shard")]
+    heldout_sequences: Annotated[int, Field(ge=1, description="sampled sequences that measure KL and perplexity")]
+    max_length: Annotated[int, Field(ge=2, le=131072, description="tokens per sequence, BOS included")]
+    temperature: Annotated[float, Field(gt=0, le=10)]
+    batch_size: Count
+
+    @field_validator("shards")
+    @classmethod
+    def _distinct(cls, shards: list[int]) -> list[int]:
+        if len(set(shards)) != len(shards):
+            raise ValueError("a shard is listed twice")
+        return shards
+
+
+class Covariance(Section):
+    """Second moments of the layer inputs."""
+
+    batch_size: Count
+    proxy_positions: Literal["all", "without_first"]
+    task_positions: Literal["all", "without_first", "response"]
+
+
+class SpectrumSection(Section):
+    """The generalised eigenproblem."""
+
+    shrinkage: Annotated[float, Field(gt=0, lt=1, description="share a of the identity: (1 - a) C + a I")]
+
+
+class Adapter(Section):
+    """The LoRA adapter all methods train."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0, le=4096)]
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+
+
+class Train(Section):
+    """Training, the same for every run."""
+
+    steps: Count
+    batch_size: Annotated[int, Field(ge=1, description="task rows per optimizer step")]
+    checkpoints: Annotated[int, Field(ge=1, le=1000, description="evenly spaced, the last one included")]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    log_every: Annotated[int, Field(ge=1, description="steps between two readings of the forgetting meter")]
+    meter_sequences: Annotated[int, Field(ge=1, description="held-out sequences for the live KL")]
+
+
+class Run(Section):
+    """One training run: a method on a task at a learning rate, with a seed."""
+
+    task: Name
+    method: Name
+    learning_rate: Rate
+    seed: Seed
+
+
+class Evaluation(Section):
+    """What every checkpoint is measured on."""
+
+    kept: Annotated[list[Name], Field(min_length=1, description="tasks whose mean is the kept accuracy")]
+    batch_size: Count
+
+
+class Threads(Section):
+    """Torch threads of each stage. A part of the result: another count changes the last bits."""
+
+    foundation: Annotated[int, Field(ge=1, le=256)]
+    task: Annotated[int, Field(ge=1, le=256)]
+    proxy: Annotated[int, Field(ge=1, le=256)]
+    covariance: Annotated[int, Field(ge=1, le=256)]
+    spectrum: Annotated[int, Field(ge=1, le=256)]
+    train: Annotated[int, Field(ge=1, le=256)]
+    evaluate: Annotated[int, Field(ge=1, le=256)]
+
+
+class Report(Section):
+    """How the comparison is drawn."""
+
+    reference: Annotated[Name, Field(description="method whose target accuracy the others are compared at")]
+
+
+class Tracking(Section):
+    """Where runs are logged; MLFLOW_TRACKING_URI overrides the address."""
+
+    experiment: str
+    uri: str
+
+
+class Params(Section):
+    """All of ``params.yaml``."""
+
+    world: World
+    foundation: Annotated[OfflineFoundation | PretrainedFoundation, Field(discriminator="source")]
+    tasks: Annotated[dict[Name, Task], Field(min_length=1)]
+    proxy: Proxy
+    covariance: Covariance
+    spectrum: SpectrumSection
+    adapter: Adapter
+    train: Train
+    methods: Annotated[dict[Name, Method], Field(min_length=1)]
+    runs: Annotated[dict[Name, Run], Field(min_length=1)]
+    evaluation: Evaluation
+    report: Report
+    threads: Threads
+    tracking: Tracking
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _build_methods(cls, sections: Any) -> Any:
+        if not isinstance(sections, dict):
+            raise ValueError("expected a table of methods")
+        return {name: method_from(name, section) for name, section in sections.items()}
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> Params:
+        for name, run in self.runs.items():
+            if run.task not in self.tasks:
+                raise ValueError(f"runs.{name}.task: {run.task!r} is not one of tasks: {', '.join(self.tasks)}")
+            if run.method not in self.methods:
+                raise ValueError(f"runs.{name}.method: {run.method!r} is not one of methods: {', '.join(self.methods)}")
+        for name in self.methods:
+            if not self.runs_of(name):
+                raise ValueError(f"methods.{name}: no entry of runs uses it: add a run or remove the method")
+        if self.report.reference not in self.methods:
+            raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
+        return self
+
+    def runs_of(self, method: str) -> dict[str, Run]:
+        """The runs of one method, by name, in the order of the file."""
+        return {name: run for name, run in self.runs.items() if run.method == method}
+
+
+def load_params(path: Path) -> Params:
+    """Read and validate ``params.yaml``.
+
+    Raises:
+        FoLoRAError: missing, not YAML, or a value out of bounds; names the key and what is allowed.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    if not path.is_file():
+        raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")
+    try:
+        content = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise FoLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FoLoRAError(f"{path}: expected a table of sections: see the params.yaml of a fresh clone")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise FoLoRAError(f"{path}: {describe(error)}") from error
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a validation error in one line: key, what is allowed, what was given."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in {"offline", "pretrained"})
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
+    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"

@@ -1,0 +1,108 @@
+"""The spectrum of one layer input: the generalised eigenproblem of utility and penalty.
+
+    C_t v_i = λ_i C_p v_i,    Vᵀ C_p V = I,    Vᵀ C_t V = Λ
+
+C_p and C_t are the second moments E[x xᵀ] of the input over proxy and task tokens. For a rank-one update w vᵀ the
+generalised Rayleigh quotient (vᵀ C_t v) / (vᵀ C_p v) is utility per unit of penalty, whatever w is, so the basis of
+LoRA's A is exact and static. Float64 throughout; C_p is never inverted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from folora.errors import FoLoRAError
+
+RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
+
+
+@dataclass(frozen=True)
+class Pencil:
+    """The solved pencil of one layer input of width d.
+
+    Attributes:
+        basis: (d, d), V̂ = c V: columns are directions, C_p-orthogonal, under one global scale c.
+        eigenvalues: (d,), λ in ascending order.
+        health: how far the solution can be trusted; see ``solve``.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    health: dict[str, Any]
+
+
+def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:
+    """Scale a second moment to trace d, then mix with the identity: (1 - a) C + a I.
+
+    After scaling, λ = 1 means "an equal share" in every layer. Shrinkage keeps directions that the proxy hardly
+    visits from getting λ = ∞ out of under-sampling alone.
+    """
+    d = moment.shape[0]
+    identity = torch.eye(d, dtype=moment.dtype)
+    return (1 - shrinkage) * moment * (d / moment.trace()) + shrinkage * identity
+
+
+def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> Pencil:
+    """Solve C_t V = C_p V Λ by Cholesky reduction.
+
+    Args:
+        penalty: (d, d), second moment over proxy tokens; any scale.
+        utility: (d, d), second moment over task tokens; any scale.
+        shrinkage: a of ``normalise``, for the penalty.
+        name: the layer input, for errors.
+
+    Returns:
+        The pencil, in float64. Its health record holds the relative residual ‖C_t V - C_p V Λ‖ / ‖C_t V‖, the
+        deviation of Vᵀ C_p V from I, effective ranks (exp of the entropy of the spectrum), the top direction's share
+        of the trace, the condition of the ridged penalty and the shrinkage that was used.
+
+    Raises:
+        FoLoRAError: a moment is not finite or has no energy, or the penalty stays indefinite with 100 times the ridge.
+    """
+    penalty, utility = penalty.double(), utility.double()
+    for side, moment in (("penalty", penalty), ("utility", utility)):
+        if not torch.isfinite(moment).all() or moment.trace() <= 0:
+            raise FoLoRAError(f"{name}: the {side} moment is not finite or zero: check the data and run covariance again")
+    C_t = normalise(utility)
+    for factor in RIDGE_LADDER:
+        ridge = min(shrinkage * factor, 0.5)
+        C_p = normalise(penalty, ridge)
+        L, failed = torch.linalg.cholesky_ex(C_p)
+        if not failed:
+            break
+    else:
+        pivot = float(torch.linalg.eigvalsh(C_p)[0])
+        raise FoLoRAError(f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage")
+
+    half = torch.linalg.solve_triangular(L, C_t, upper=False)
+    M = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    eigenvalues, U = torch.linalg.eigh((M + M.mT) / 2)
+    V = torch.linalg.solve_triangular(L.mT, U, upper=True)
+
+    d = V.shape[0]
+    scale = math.sqrt(d) / V.norm()  # c = √(d / tr C_p⁻¹), since ‖V‖² = tr C_p⁻¹
+    residual = (C_t @ V - C_p @ V * eigenvalues).norm() / (C_t @ V).norm()
+    orthonormality = (V.mT @ C_p @ V - torch.eye(d, dtype=V.dtype)).abs().max()
+    penalty_spectrum = torch.linalg.eigvalsh(normalise(penalty)).clamp_min(0)
+    health = {
+        "width": d,
+        "shrinkage": ridge,
+        "residual": float(residual),
+        "orthonormality": float(orthonormality),
+        "condition": float((1 - ridge) * penalty_spectrum[-1] / ridge + 1),
+        "top_share": float(penalty_spectrum[-1] / d),
+        "penalty_rank": effective_rank(penalty_spectrum),
+        "utility_rank": effective_rank(torch.linalg.eigvalsh(C_t).clamp_min(0)),
+    }
+    return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
+
+
+def effective_rank(spectrum: Tensor) -> float:
+    """Exponential of the entropy of a non-negative spectrum: d for a flat one, 1 for a single direction."""
+    share = spectrum / spectrum.sum()
+    return float(torch.exp(-torch.xlogy(share, share).sum()))

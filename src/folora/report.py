@@ -1,0 +1,232 @@
+"""The report stage: the comparison as a page, a figure, tables, ``metrics.json`` and a summary for the terminal."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from folora.comparison import FIGURES, Comparison, compare, points
+from folora.errors import FoLoRAError
+from folora.frontier import pareto
+from folora.storage import publish, read_table, write_json
+
+if TYPE_CHECKING:
+    import altair as alt
+
+    from folora.comparison import Record
+    from folora.params import Params
+
+BASE = "base"
+COLUMNS = ("method", "rate", "target", "kept", "KL", "perplexity", "kept at equal target", "KL at equal target")
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(params: Params, evaluations: Path, output: Path) -> None:
+    """Compare all methods, write the report folder and print the summary.
+
+    Raises:
+        FoLoRAError: an evaluation is missing or damaged, or lacks a run of params.yaml.
+    """
+    bases = {record["adaptation"]: record for record in _read(evaluations / BASE / "metrics.parquet")}
+    records = [r for method in params.methods for r in _read(evaluations / method / "metrics.parquet")]
+    records = [record for record in records if record["run"] in params.runs]
+    missing = params.runs.keys() - {record["run"] for record in records}
+    if missing:
+        raise FoLoRAError(f"{evaluations}: no result of run {min(missing)}: run `dvc repro` for what is missing")
+
+    comparisons = []
+    for adaptation in dict.fromkeys(run.task for run in params.runs.values()):
+        own = [record for record in records if record["adaptation"] == adaptation]
+        if not any(record["method"] == params.report.reference for record in own):
+            raise FoLoRAError(f"report.reference: {params.report.reference} has no run on {adaptation}: add one")
+        comparisons.append(compare(adaptation, bases[adaptation], own, params.report.reference))
+    rows = checkpoint_rows(bases, records)
+    chart = frontier_chart(rows)
+    text = summary(comparisons, params.report.reference, output)
+    with publish(output) as folder:
+        folder.mkdir()
+        write_json(folder / "metrics.json", metrics(comparisons))
+        _write_csv(folder / "frontier.csv", rows)
+        _write_csv(folder / "summary.csv", [_summary_row(c, m) for c in comparisons for m in (BASE, *c.arms)])
+        chart.save(str(folder / "frontier.png"), format="png", scale_factor=2)
+        (folder / "index.html").write_text(page(comparisons, chart, params))
+        (folder / "summary.txt").write_text(text)
+    print(text, end="")
+
+
+def _read(path: Path) -> list[Record]:
+    table, _ = read_table(path, artefact="metrics")
+    return table.to_pylist()
+
+
+def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
+    """``{"base", "arms"}`` as means over adaptations, and the same for each adaptation by itself."""
+    each = {
+        c.adaptation: {
+            "base": {name: c.base[name] for name in ("target", "kept", "perplexity")},
+            "matched_target": c.matched_target,
+            "arms": {
+                arm.method: {"lr": arm.learning_rate}
+                | {name: arm.figures[name] for name in ("target", "kept", "kl", "perplexity")}
+                | {"matched_kept": arm.matched_kept, "matched_kl": arm.matched_kl}
+                for arm in c.arms.values()
+            },
+        }
+        for c in comparisons
+    }
+    if len(each) == 1:
+        return next(iter(each.values()))
+    shared = [method for method in comparisons[0].arms if all(method in c.arms for c in comparisons)]
+    return {
+        "base": _means([one["base"] for one in each.values()]),
+        "arms": {method: _means([one["arms"][method] for one in each.values()]) for method in shared},
+        "adaptations": each,
+    }
+
+
+def _means(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
+    """Key-wise means; learning rates differ between adaptations and stay with them."""
+    result: dict[str, float | None] = {}
+    for name in tables[0]:
+        values = [table[name] for table in tables]
+        known = [value for value in values if value is not None]
+        if name != "lr":
+            result[name] = fmean(known) if len(known) == len(values) else None
+    return result
+
+
+def checkpoint_rows(bases: dict[str, Record], records: list[Record]) -> list[Record]:
+    """One row a checkpoint, and whether it lies on its method's frontier of kept accuracy or of KL."""
+    names = ("adaptation", "method", "learning_rate", "seed", "step", *FIGURES)
+    rows = [{name: record[name] for name in names} for record in (*bases.values(), *records)]
+    for row in rows:
+        base = bases[row["adaptation"]]
+        own = [r for r in records if r["adaptation"] == row["adaptation"]]
+        fronts = points(base, own, row["method"], row["seed"])
+        for cost in ("kept", "kl"):
+            on_front = {(p.target, getattr(p, cost)) for p in pareto(fronts, cost)}
+            row[f"frontier_{cost}"] = (row["target"], row[cost]) in on_front
+    return rows
+
+
+def _write_csv(path: Path, rows: list[Record]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _summary_row(comparison: Comparison, method: str) -> Record:
+    arm = comparison.arms.get(method)
+    values = arm.figures if arm else comparison.base
+    return {
+        "adaptation": comparison.adaptation,
+        "method": method,
+        "learning_rate": arm.learning_rate if arm else None,
+        **values,
+        "matched_kept": arm.matched_kept if arm else None,
+        "matched_kl": arm.matched_kl if arm else None,
+    }
+
+
+def table_rows(comparison: Comparison) -> list[list[str]]:
+    """The comparison as cells, one row a method, after ``COLUMNS``."""
+
+    def number(value: float | None, digits: int = 2) -> str:
+        return "–" if value is None else f"{value:.{digits}f}"
+
+    rows = []
+    for method in (BASE, *comparison.arms):
+        row = _summary_row(comparison, method)
+        rate = "–" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        figures = [number(row["target"]), number(row["kept"]), number(row["kl"], 3), number(row["perplexity"])]
+        rows.append([method, rate, *figures, number(row["matched_kept"]), number(row["matched_kl"], 3)])
+    return rows
+
+
+def summary(comparisons: list[Comparison], reference: str, output: Path) -> str:
+    """The comparison on one screen of a terminal, and where to look next."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=StringIO(), width=100)
+    for comparison in comparisons:
+        table = Table(title=f"{comparison.adaptation}: each method at its best learning rate", title_justify="left")
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in table_rows(comparison):
+            table.add_row(*row)
+        console.print(table)
+        target = f"{comparison.matched_target:.2f}"
+        console.print(f"Equal target: {target}, what {reference} reaches. – : not reached.")
+    console.print(f"\nThe page: {output / 'index.html'}   The figure: {output / 'frontier.png'}")
+    console.print("Every run: mlflow ui --backend-store-uri sqlite:///mlflow.db   Figures: dvc metrics show")
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def page(comparisons: list[Comparison], chart: alt.TopLevelMixin, params: Params) -> str:
+    """The report as one HTML page that needs no network."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    kept = params.evaluation.kept
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True)
+    adaptations = [
+        {
+            "name": comparison.adaptation,
+            "matched_target": comparison.matched_target,
+            "rows": table_rows(comparison),
+            "kept_rows": [
+                [method, *(f"{_summary_row(comparison, method)[f'kept/{name}']:.2f}" for name in kept)]
+                for method in (BASE, *comparison.arms)
+            ],
+        }
+        for comparison in comparisons
+    ]
+    return environment.get_template("report.html.j2").render(
+        comparison=adaptations,
+        columns=COLUMNS,
+        kept=kept,
+        reference=params.report.reference,
+        chart=Markup(chart.to_html(inline=True, fullhtml=False)),
+    )
+
+
+def frontier_chart(rows: list[Record]) -> alt.TopLevelMixin:
+    """Target against kept accuracy, and target against KL: a point a checkpoint, a line a method's frontier."""
+    import altair as alt
+
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != BASE]
+    charts = []
+    for adaptation in dict.fromkeys(row["adaptation"] for row in rows):
+        own = [row for row in rows if row["adaptation"] == adaptation]
+        kept = alt.Y("kept:Q", title="kept accuracy (mean, test)", scale=alt.Scale(domain=[0, 1]))
+        kl = alt.Y("kl:Q", title="KL to the base (nats per token)", scale=alt.Scale(type="log"))
+        title = f"{adaptation} (black: the base model)"
+        charts.append(alt.hconcat(_panel(own, methods, kept), _panel(own, methods, kl)).properties(title=title))
+    return alt.vconcat(*charts).configure_view(strokeWidth=0)
+
+
+def _panel(rows: list[Record], methods: list[str], y: alt.Y) -> alt.LayerChart:
+    import altair as alt
+
+    cost = y.to_dict()["field"]
+    x = alt.X("target:Q", title="target accuracy (test)", scale=alt.Scale(domain=[0, 1]))
+    color = alt.Color("method:N", scale=alt.Scale(domain=methods, scheme="tableau10"), title=None)
+    adapted = [row for row in rows if row["method"] != BASE]
+    front = alt.Chart(alt.Data(values=[row for row in adapted if row[f"frontier_{cost}"]]))
+    every = alt.Chart(alt.Data(values=adapted))
+    tooltip = ["method:N", "learning_rate:Q", "seed:N", "step:Q", "target:Q", "kept:Q", "kl:Q"]
+    layers = [
+        front.mark_line(strokeWidth=2).encode(x, y, color, detail="seed:N"),
+        every.mark_point(filled=True, size=45, opacity=0.6).encode(x, y, color, tooltip=tooltip),
+    ]
+    if cost == "kept":  # the base's KL is zero and has no place on a logarithmic axis
+        start = alt.Chart(alt.Data(values=[row for row in rows if row["method"] == BASE]))
+        layers.append(start.mark_point(shape="diamond", filled=True, size=110, color="black").encode(x, y))
+    return alt.layer(*layers).properties(width=360, height=320)

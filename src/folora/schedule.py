@@ -1,0 +1,22 @@
+"""Which rows make up which batch: a pure function of seed and step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def batch_rows(*, seed: int, steps: int, task_rows: int, batch_size: int, proxy_rows: int, replay: int) -> list[int]:
+    """Row numbers of all batches in a row, ``steps × (batch_size + replay)`` of them.
+
+    A batch is ``batch_size`` task rows followed by ``replay`` proxy rows, each source in epochs that are shuffled
+    anew. Proxy row i has the number ``task_rows + i``.
+    """
+    task = _epochs(seed, 0, task_rows, steps * batch_size).reshape(steps, batch_size)
+    proxy = _epochs(seed, 1, proxy_rows, steps * replay).reshape(steps, replay) + task_rows
+    return np.concatenate([task, proxy], axis=1).reshape(-1).tolist()
+
+
+def _epochs(seed: int, source: int, rows: int, count: int) -> np.ndarray:
+    """The first ``count`` row numbers of endless shuffled epochs."""
+    epochs = [np.random.default_rng([seed, source, epoch]).permutation(rows) for epoch in range(-(-count // rows))]
+    return np.concatenate(epochs)[:count] if epochs else np.empty(0, dtype=np.int64)

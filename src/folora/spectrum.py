@@ -1,0 +1,114 @@
+"""The spectrum stage: solve the pencil of every layer input, and read the result back for training.
+
+Artefact tensors, for each layer input named after its first layer: ``NAME.basis`` (d, d) float32, the columns of V̂;
+``NAME.eigenvalues`` (d,) float64; ``NAME.penalty`` and ``NAME.utility`` (d, d) float32, the raw second moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from folora.covariance import read_moments
+from folora.layers import Groups
+from folora.pencil import Pencil, solve
+from folora.storage import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from folora.base import Base
+    from folora.params import Params
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The spectrum of one layer input of width d: everything a method may need.
+
+    Attributes:
+        basis: (d, d) V̂.
+        eigenvalues: (d,) λ, ascending.
+        penalty: (d, d) C_p, unnormalised.
+        utility: (d, d) C_t, unnormalised.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    penalty: Tensor
+    utility: Tensor
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectra of all layer inputs, and which layers read each.
+
+    Attributes:
+        inputs: name of a layer input (its first layer) to its spectrum.
+        groups: name of a layer input to the layers that read it.
+    """
+
+    inputs: dict[str, LayerSpectrum]
+    groups: Groups
+
+
+def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, task_path: Path, output: Path) -> None:
+    """Reduce the proxy shards, solve the pencil of every layer input against the task and write the spectrum.
+
+    Raises:
+        FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable.
+    """
+    proxy_settings = params.proxy.model_dump(exclude={"shards"})
+    shards = [proxy_folder / f"{shard}.safetensors" for shard in params.proxy.shards]
+    proxy, groups = read_moments(
+        shards, **base.identity, proxy=proxy_settings, positions=params.covariance.proxy_positions
+    )
+    target, _ = read_moments(
+        [task_path],
+        **base.identity,
+        task=params.tasks[task].model_dump(),
+        positions=params.covariance.task_positions,
+        groups=groups,
+    )
+    tensors: dict[str, Tensor] = {}
+    health = {}
+    for name in groups:
+        penalty, utility = proxy.mean(name), target.mean(name)
+        pencil = solve(penalty, utility, shrinkage=params.spectrum.shrinkage, name=name)
+        tensors |= {f"{name}.{field}": value for field, value in _stored(pencil, penalty, utility).items()}
+        health[name] = pencil.health
+    manifest = {
+        "artefact": "spectrum",
+        **base.identity,
+        "task": params.tasks[task].model_dump(),
+        "spectrum": params.spectrum.model_dump(),
+        "groups": groups,
+        "proxy_tokens": proxy.tokens,
+        "task_tokens": target.tokens,
+        "health": health,
+    }
+    write_tensors(output, tensors, manifest)
+
+
+def _stored(pencil: Pencil, penalty: Tensor, utility: Tensor) -> dict[str, Tensor]:
+    return {
+        "basis": pencil.basis.float(),
+        "eigenvalues": pencil.eigenvalues,
+        "penalty": penalty.float(),
+        "utility": utility.float(),
+    }
+
+
+def read_spectrum(path: Path, **expected: object) -> Spectrum:
+    """Read the artefact of the spectrum stage.
+
+    Raises:
+        FoLoRAError: missing, damaged, or a manifest field differs from ``expected``.
+    """
+    tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
+    fields = LayerSpectrum.__dataclass_fields__
+    inputs = {
+        name: LayerSpectrum(**{field: tensors[f"{name}.{field}"] for field in fields}) for name in manifest["groups"]
+    }
+    return Spectrum(inputs, manifest["groups"])

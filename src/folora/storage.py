@@ -1,0 +1,200 @@
+"""Artefacts on disk: written whole or not at all, each with a manifest that says what it was made from.
+
+A manifest is a flat JSON object. It lives in the metadata of a safetensors or Parquet file, or as ``manifest.json``
+in a folder. Readers compare it with what they expect and name the field that differs. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import pyarrow as pa
+    from torch import Tensor
+
+Manifest = dict[str, Any]
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to; move it into place when the block ends well, else remove it.
+
+    Raises:
+        FoLoRAError: the disk is full or the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except Exception as error:
+        _remove(partial)
+        if isinstance(error, FoLoRAError) or not _is_io_error(error):
+            raise
+        raise FoLoRAError(f"{path}: cannot be written ({error}): free space or make the folder writable") from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _is_io_error(error: Exception) -> bool:
+    # safetensors reports a full disk as an exception of its own, which names the operating system's error
+    return isinstance(error, OSError) or "os error" in str(error)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON with sorted keys."""
+    path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FoLoRAError: the file is missing or not JSON.
+    """
+    require(path)
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FoLoRAError(f"{path}: not valid JSON ({error}): delete it and run its stage again") from error
+
+
+def require(path: Path) -> Path:
+    """Return ``path`` if it exists.
+
+    Raises:
+        FoLoRAError: it does not.
+    """
+    if not path.exists():
+        raise FoLoRAError(f"{path}: not found: run the stage that makes it (`dvc repro` runs all that is missing)")
+    return path
+
+
+def check_manifest(path: Path, manifest: Manifest, **expected: Any) -> None:
+    """Compare fields of a manifest with what the reader expects.
+
+    Raises:
+        FoLoRAError: the artefact is of another kind, or a field differs.
+    """
+    for field, value in {"format": FORMAT, **expected}.items():
+        if manifest.get(field) != value:
+            raise FoLoRAError(
+                f"{path}: made with {field} {_short(manifest.get(field))}, but {_short(value)} is expected: "
+                "run the stage that makes it again"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
+    """Write tensors and their manifest to a safetensors file, whole or not at all."""
+    import safetensors.torch
+
+    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **manifest})}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with publish(path) as partial:
+        partial.write_bytes(safetensors.torch.save(contiguous, metadata))
+
+
+def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manifest]:
+    """Read a safetensors file, check its manifest and that every value is finite.
+
+    Raises:
+        FoLoRAError: missing, truncated, another artefact, or not finite.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    require(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            manifest = _manifest_from((file.metadata() or {}).get(METADATA_KEY), path)
+            check_manifest(path, manifest, **expected)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise FoLoRAError(f"{path}: {name} holds NaN or infinite values: delete the file and run its stage again")
+    return tensors, manifest
+
+
+def write_table(path: Path, table: pa.Table, manifest: Manifest) -> None:
+    """Write a table and its manifest to a Parquet file, whole or not at all."""
+    import pyarrow.parquet as pq
+
+    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **manifest})}
+    with publish(path) as partial:
+        pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
+
+
+def read_table(path: Path, **expected: Any) -> tuple[pa.Table, Manifest]:
+    """Read a Parquet file and check its manifest.
+
+    Raises:
+        FoLoRAError: missing, truncated or another artefact.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    require(path)
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
+    metadata = table.schema.metadata or {}
+    manifest = _manifest_from(metadata.get(METADATA_KEY.encode()), path)
+    check_manifest(path, manifest, **expected)
+    return table, manifest
+
+
+def _manifest_from(text: str | bytes | None, path: Path) -> Manifest:
+    if text is None:
+        raise FoLoRAError(f"{path}: carries no FoLoRA manifest: it was not made by this pipeline")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise FoLoRAError(f"{path}: its manifest is damaged ({error}): delete it and run its stage again") from error

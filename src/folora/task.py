@@ -1,0 +1,106 @@
+"""The task stage: rows of a data set, rendered through templates and tokenised, with a mask of the response tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+from folora.storage import write_table
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from folora.base import Base
+    from folora.params import Task
+
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def prepare_task(settings: Task, base: Base, output: Path) -> None:
+    """Tokenise the training rows of a task and write them as Parquet.
+
+    The columns are ``input_ids`` (list of int32: BOS, prompt, response, EOS) and ``loss_mask`` (list of bool: true on
+    response and EOS).
+
+    Raises:
+        FoLoRAError: the data set is missing or empty, lacks a column of a template, or a row is too long.
+    """
+    import pyarrow as pa
+
+    rows = read_rows(settings.dataset)
+    tokenised = tokenise(rows, settings, base.load_tokenizer())
+    table = pa.table(
+        {
+            "input_ids": pa.array([ids for ids, _ in tokenised], pa.list_(pa.int32())),
+            "loss_mask": pa.array([mask for _, mask in tokenised], pa.list_(pa.bool_())),
+        }
+    )
+    write_table(output, table, {"artefact": "task", **base.identity, "task": settings.model_dump()})
+
+
+def read_rows(dataset: str) -> Dataset:
+    """The training rows of a local data set.
+
+    Args:
+        dataset: a JSONL, CSV or Parquet file, or a folder with a ``train`` file of such a format.
+
+    Raises:
+        FoLoRAError: nothing is there, or there are no rows.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(dataset)
+    if path.is_dir():
+        path = next((path / f"train{suffix}" for suffix in FORMATS if (path / f"train{suffix}").exists()), path)
+    if path.suffix not in FORMATS or not path.is_file():
+        raise FoLoRAError(f"{dataset}: no data set found: tasks.*.dataset names a .jsonl, .csv or .parquet file, or a folder with train.jsonl")
+    if path.stat().st_size == 0:
+        raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
+    try:
+        rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except DatasetGenerationError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise FoLoRAError(f"{path}: cannot be read as {FORMATS[path.suffix]}: {reason}") from error
+    if not len(rows):
+        raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
+    return rows
+
+
+def tokenise(
+    rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[bool]]]:
+    """Render and tokenise every row: token ids and loss mask, both of the row's length."""
+    from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    try:
+        prompt, response = environment.from_string(settings.prompt), environment.from_string(settings.response)
+        return [
+            _tokenise_row(number, prompt.render(row), response.render(row), settings.max_length, tokenizer)
+            for number, row in enumerate(rows)
+        ]
+    except TemplateSyntaxError as error:
+        raise FoLoRAError(f"tasks.*.prompt or response: not a Jinja template: {error}") from error
+    except UndefinedError as error:
+        columns = ", ".join(rows.column_names)
+        raise FoLoRAError(f"{settings.dataset}: {error} in prompt or response; its columns are {columns}") from error
+
+
+def _tokenise_row(
+    number: int, prompt: str, response: str, max_length: int, tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    if not response:
+        raise FoLoRAError(f"row {number} of the task: the response is empty: remove the row or change the template")
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    length = len(prompt_ids) + len(response_ids)
+    if length > max_length:
+        raise FoLoRAError(
+            f"row {number} of the task: prompt and response have {length} tokens, more than max_length {max_length}: "
+            "raise tasks.*.max_length or shorten the row"
+        )
+    return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)

@@ -1,0 +1,234 @@
+"""The train stage: one run, from the frozen base model to a LoRA adapter, its checkpoints and its history.
+
+A run folder holds ``adapter/`` (the result), ``checkpoints/STEP/`` (the last one equals the result),
+``history.parquet`` and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from folora.adapter import add_adapter, layer_groups, save_adapter
+from folora.divergence import HeldOutText
+from folora.errors import FoLoRAError
+from folora.meter import ForgettingMeter
+from folora.proxy import HELDOUT
+from folora.schedule import batch_rows
+from folora.spectrum import read_spectrum
+from folora.storage import FORMAT, MANIFEST_FILE, digest_of, digest_of_file, publish, read_table, write_json, write_table
+from folora.tracking import RunLog, run_log, source_tags
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from folora.base import Base
+    from folora.params import Params, Run
+
+Row = dict[str, list[int]]
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """Files a run reads."""
+
+    task: Path
+    proxy: Path
+    heldout: Path
+    spectrum: Path
+
+
+def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> None:
+    """Train one run and write its folder.
+
+    Raises:
+        FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
+    """
+    run = params.runs[name]
+    manifest = run_manifest(params, name, base, inputs)
+    task_rows = read_task_rows(params, run, base, inputs.task)
+    proxy_rows = [full_row(ids) for path in _proxy_shards(params, inputs) for ids in _proxy_ids(params, base, path)]
+    spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
+    heldout = _proxy_ids(params, base, inputs.heldout)[: params.train.meter_sequences]
+
+    torch.manual_seed(run.seed)
+    tokenizer = base.load_tokenizer()
+    bare = base.load_model()
+    text = HeldOutText(bare, heldout, params.evaluation.batch_size, tokenizer.pad_token_id)
+    model = add_adapter(bare, params.adapter, spectrum, base)
+    groups = layer_groups(model, spectrum)
+    method = params.methods[run.method]
+    method.start(groups)
+
+    order = batch_rows(
+        seed=run.seed,
+        steps=params.train.steps,
+        task_rows=len(task_rows),
+        batch_size=params.train.batch_size,
+        proxy_rows=len(proxy_rows),
+        replay=method.replay,
+    )
+    rows = ScheduledRows([*task_rows, *proxy_rows], order)
+    with publish(output) as folder:
+        title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
+        tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
+        with run_log(params.tracking, title, digest_of(manifest), tags) as log:
+            log.params(manifest["params"])
+            recorder = Recorder(folder, ForgettingMeter(groups), text, params.train.steps, params.train.checkpoints, log)
+            optimizer = method.optimizer(groups, run.learning_rate)
+            fit(model, tokenizer, rows, optimizer, recorder, params, run)
+            if not any(bool(layer.B.any()) for group in groups for layer in group.layers):
+                raise FoLoRAError(f"runs.{name}: training left every B at zero: raise the learning rate or the steps")
+            save_adapter(model, folder / "adapter")
+            write_table(folder / "history.parquet", recorder.table(), {"artefact": "history", "run": name})
+            write_json(folder / MANIFEST_FILE, manifest)
+            log.folder(folder / "adapter", "adapter")
+
+
+def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
+    """What a run is made from; its digest is the run's identity."""
+    run = params.runs[name]
+    return {
+        "format": FORMAT,
+        "artefact": "run",
+        "run": name,
+        **base.identity,
+        "inputs": {
+            "task": digest_of_file(inputs.task),
+            "heldout": digest_of_file(inputs.heldout),
+            "spectrum": digest_of_file(inputs.spectrum),
+            "proxy": [digest_of_file(path) for path in _proxy_shards(params, inputs)],
+        },
+        "params": {
+            "run": run.model_dump(),
+            "method": params.methods[run.method].model_dump(),
+            "adapter": params.adapter.model_dump(),
+            "train": params.train.model_dump(),
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _proxy_shards(params: Params, inputs: TrainInputs) -> list[Path]:
+    return [inputs.proxy / f"{shard}.parquet" for shard in params.proxy.shards]
+
+
+def _proxy_ids(params: Params, base: Base, path: Path) -> list[list[int]]:
+    settings = params.proxy.model_dump(exclude={"shards"})
+    table, _ = read_table(path, artefact="proxy", **base.identity, proxy=settings)
+    return table["token_ids"].to_pylist()
+
+
+def read_task_rows(params: Params, run: Run, base: Base, path: Path) -> list[Row]:
+    """Task rows with labels on the response only."""
+    table, _ = read_table(path, artefact="task", **base.identity, task=params.tasks[run.task].model_dump())
+    return [
+        {"input_ids": ids, "labels": [i if counts else IGNORED for i, counts in zip(ids, mask, strict=True)]}
+        for ids, mask in zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True)
+    ]
+
+
+def full_row(ids: list[int]) -> Row:
+    """A proxy row: every token but BOS is learned."""
+    return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
+
+
+class ScheduledRows(torch.utils.data.Dataset):
+    """Rows in the order of a schedule, so that the sequential sampler yields the planned batches."""
+
+    def __init__(self, rows: list[Row], order: list[int]) -> None:
+        self._rows, self._order = rows, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, position: int) -> Row:
+        return self._rows[self._order[position]]
+
+
+def fit(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: ScheduledRows,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    params: Params,
+    run: Run,
+) -> None:
+    """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
+    settings = params.train
+    with TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=settings.steps,
+            per_device_train_batch_size=len(rows) // settings.steps,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="linear",
+            max_grad_norm=settings.max_grad_norm,
+            logging_steps=settings.log_every,
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=not sys.stderr.isatty(),
+            use_cpu=not torch.cuda.is_available(),
+            seed=run.seed,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            optimizers=(optimizer, None),
+            callbacks=[recorder],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+class Recorder(TrainerCallback):
+    """Writes checkpoints along the way and keeps the history of losses and of the forgetting meter."""
+
+    def __init__(
+        self, folder: Path, meter: ForgettingMeter, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
+    ) -> None:
+        self._folder, self._meter, self._text, self._log = folder / "checkpoints", meter, text, log
+        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
+        self.history: list[dict[str, float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Save a checkpoint where one is due."""
+        del args, control
+        if state.global_step in self._at:
+            save_adapter(model, self._folder / str(state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
+        """Read the meter whenever the Trainer logs a loss."""
+        del args, control
+        if "loss" not in logs:
+            return
+        model.eval()
+        reading = {
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            **self._meter.read(),
+            "kl": self._text.measure(model).kl,
+        }
+        model.train()
+        self.history.append({"step": state.global_step, **reading})
+        self._log.metrics({f"train/{key}": value for key, value in reading.items()}, state.global_step)
+
+    def table(self) -> Any:
+        """The history as an Arrow table, one row a reading."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(self.history)

@@ -1,0 +1,31 @@
+# What DVC knows: the resolved stages, and which of them are stale.
+#
+# DVC decides what is stale, Snakemake only in which order it runs. A stage that is neither stale nor below a stale one
+# sees its inputs as ancient; a stale stage gets a marker file, newer than its outputs, as an input. Each job records
+# its stage with DVC when it ends, so that after either runner the other finds nothing to do.
+from pathlib import Path
+
+from folora.dag import below, is_folder, resolve_stages, stale_stages
+
+ROOT = Path(workflow.basedir)
+MARKERS = Path(".snakemake/stale")
+STAGES = resolve_stages(ROOT)
+
+# a process that Snakemake starts for a single job takes no DVC lock: what is stale was settled when the run began
+STALE = stale_stages(ROOT) & STAGES.keys() if workflow.is_main_process else set()
+UNSETTLED = below(STAGES, STALE)
+
+MARKERS.mkdir(parents=True, exist_ok=True)
+for name in STALE:
+    (MARKERS / STAGES[name].rule).touch()
+
+
+def inputs_of(stage):
+    if stage.name not in UNSETTLED:
+        return [ancient(path) for path in stage.inputs]
+    marker = [str(MARKERS / stage.rule)] if stage.name in STALE else []
+    return [*stage.inputs, *marker]
+
+
+def outputs_of(stage):
+    return [directory(path) if is_folder(path) else path for path in stage.outputs]

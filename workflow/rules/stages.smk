@@ -1,0 +1,33 @@
+rule all:
+    input:
+        [path for stage in STAGES.values() for path in stage.outputs],
+    default_target: True
+
+
+for stage in STAGES.values():
+
+    rule:
+        name:
+            stage.rule
+        input:
+            inputs_of(stage),
+        output:
+            outputs_of(stage),
+        log:
+            f"logs/{stage.rule}.log",
+        benchmark:
+            f"logs/{stage.rule}.benchmark.tsv"
+        threads: stage.threads
+        resources:
+            mem_mb=stage.mem_mb,
+        params:
+            command=stage.command,
+            record=f"dvc --wait-for-lock commit --quiet --force --no-relink {stage.name}",
+        shell:
+            "({params.command} && {params.record}) > {log} 2>&1"
+
+
+onsuccess:
+    summary = Path("results/report/summary.txt")
+    if summary.exists():
+        print(summary.read_text())
