@@ -5,4 +5,11 @@ min_version("9.27")
 
 
 include: "workflow/rules/common.smk"
+
+
+rule all:
+    input:
+        EVERY_OUTPUT,
+
+
 include: "workflow/rules/stages.smk"

@@ -62,7 +62,7 @@ def layer_groups(model: PeftModel, spectrum: Spectrum) -> list[LayerGroup]:
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save the adapter so that ``PeftModel.from_pretrained`` loads it, with the same bytes every time."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # an empty template
     config = folder / "adapter_config.json"
     content = json.loads(config.read_text())

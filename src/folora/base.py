@@ -69,7 +69,9 @@ def open_base(path: Path) -> Base:
     found = digests(folder)
     for field in ("model", "tokenizer"):
         if found[field] != manifest[field]:
-            raise FoLoRAError(f"{folder}: the {field} files are not those that were pinned: run the foundation stage again")
+            raise FoLoRAError(
+                f"{folder}: the {field} files are not those that were pinned: run the foundation stage again"
+            )
     return Base(folder, manifest)
 
 
@@ -107,4 +109,6 @@ def pinned_folder(source: str, revision: str | None) -> Path:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FoLoRAError(f"foundation.model: {source!r} is neither a folder here nor to be had from the hub: {reason}") from error
+        raise FoLoRAError(
+            f"foundation.model: {source!r} is neither a folder here nor to be had from the hub: {reason}"
+        ) from error

@@ -35,10 +35,11 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     table, manifest = read_table(rows, **base.identity)
     settings = params.covariance
     if manifest["artefact"] == "proxy":
-        token_ids, positions, loss_masks = table["token_ids"].to_pylist(), settings.proxy_positions, None
+        token_ids, loss_masks = table["token_ids"].to_pylist(), None
+        positions: str = settings.proxy_positions
     else:
-        token_ids, positions = table["input_ids"].to_pylist(), settings.task_positions
-        loss_masks = table["loss_mask"].to_pylist()
+        token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
+        positions = settings.task_positions
 
     model = base.load_model()
     padding = base.load_tokenizer().pad_token_id

@@ -111,4 +111,6 @@ def _repository(root: Path) -> Repo:
         return Repo(str(root))
     except DvcException as error:
         reason = " ".join(str(error).split())
-        raise FoLoRAError(f"{root}: {reason} (in a copy without git: `git init`, or `dvc config core.no_scm true`)") from error
+        raise FoLoRAError(
+            f"{root}: {reason} (in a copy without git: `git init`, or `dvc config core.no_scm true`)"
+        ) from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from folora.layers import batches
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -42,7 +43,7 @@ class HeldOutText:
         self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding)]
         self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
 
-    def measure(self, model: PreTrainedModel) -> Divergence:
+    def measure(self, model: PreTrainedModel | PeftModel) -> Divergence:
         """KL to the base and perplexity of a model on the text."""
         kl = loss = 0.0
         tokens = 0
@@ -56,7 +57,7 @@ class HeldOutText:
 
 
 @torch.inference_mode()
-def log_probabilities(model: PreTrainedModel, input_ids: Tensor, mask: Tensor) -> Tensor:
+def log_probabilities(model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of every token but the first, (batch, length - 1, vocabulary), float32."""
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     return torch.log_softmax(logits.float(), dim=-1)

@@ -57,11 +57,11 @@ class Evaluator:
             self.model, table["token_ids"].to_pylist(), self._batch_size, self.tokenizer.pad_token_id
         )
 
-    def divergence(self, model: PreTrainedModel) -> Divergence:
+    def divergence(self, model: PreTrainedModel | PeftModel) -> Divergence:
         """KL to the base and perplexity on the held-out text."""
         return self._text.measure(model)
 
-    def answers(self, model: PreTrainedModel, task_names: list[str]) -> list[Record]:
+    def answers(self, model: PreTrainedModel | PeftModel, task_names: list[str]) -> list[Record]:
         """Ask every item of the named tasks: ``task``, ``item``, ``prompt``, ``expected``, ``answer``, ``correct``."""
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -128,7 +128,9 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
     _write(output, metrics, answers)
 
 
-def evaluate_method(params: Params, method: str, base: Base, tasks: Path, heldout: Path, runs: Path, output: Path) -> None:
+def evaluate_method(
+    params: Params, method: str, base: Base, tasks: Path, heldout: Path, runs: Path, output: Path
+) -> None:
     """Measure every checkpoint of every run of a method, and log the last one's metrics to the run's MLflow run.
 
     Raises:

@@ -15,7 +15,7 @@ from folora.storage import FORMAT, MANIFEST_FILE, publish, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import torch
@@ -54,8 +54,7 @@ def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
         partial.mkdir()
         write_json(
             partial / MANIFEST_FILE,
-            {"format": FORMAT, "artefact": "foundation", "source": settings.model, "commit": commit}
-            | digests(folder),
+            {"format": FORMAT, "artefact": "foundation", "source": settings.model, "commit": commit} | digests(folder),
         )
 
 
@@ -102,7 +101,7 @@ def pretrain(
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]
         )
     )
     optimizers = _optimizers(model, settings)
@@ -136,7 +135,7 @@ def _optimizers(model: LlamaForCausalLM, settings: OfflineFoundation) -> list[to
     ]
 
 
-def _schedule(steps: int):  # noqa: ANN202 - a closure for LambdaLR
+def _schedule(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / (DECAY_SHARE * steps))
 
 

@@ -5,6 +5,7 @@ A method is a set of points, one a checkpoint of a run. The base model (no adapt
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -53,7 +54,7 @@ def at_target(points: list[Point], target: float) -> tuple[float, float] | None:
 def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
     if x <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if x <= x1:
             return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return curve[-1][1]

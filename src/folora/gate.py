@@ -8,7 +8,10 @@ fixes direction-wise gated updates; this form of the gate is ours.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def soft_gate(eigenvalues: Tensor, *, tau: float, exponent: float, floor: float) -> Tensor:

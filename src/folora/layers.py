@@ -6,6 +6,8 @@ Shared inputs are found by tensor identity in one traced forward pass, never by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,11 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Groups = dict[str, list[str]]
+Hook = Callable[[nn.Module, tuple[Tensor, ...]], None]
 
 
-def adapted_layers(
-    model: PreTrainedModel, target_modules: Literal["all-linear"] | list[str]
-) -> dict[str, nn.Linear]:
+def adapted_layers(model: PreTrainedModel, target_modules: Literal["all-linear"] | list[str]) -> dict[str, nn.Linear]:
     """The linear layers to adapt, by module name, in the order of the model.
 
     Args:
@@ -44,7 +45,9 @@ def adapted_layers(
     for target in target_modules:
         if not any(_matches(name, target) for name in linear):
             kinds = sorted({name.rpartition(".")[2] for name in linear})
-            raise FoLoRAError(f"adapter.target_modules: {target!r} matches no linear layer; there are {', '.join(kinds)}")
+            raise FoLoRAError(
+                f"adapter.target_modules: {target!r} matches no linear layer; there are {', '.join(kinds)}"
+            )
     return {name: module for name, module in linear.items() if any(_matches(name, t) for t in target_modules)}
 
 
@@ -69,10 +72,13 @@ def input_groups(model: PreTrainedModel, layers: dict[str, nn.Linear], input_ids
     """
     seen: dict[str, Tensor] = {}  # holding the tensors keeps their identities apart
 
-    def remember(name: str):  # noqa: ANN202 - a hook
-        return lambda _module, inputs: seen.setdefault(name, inputs[0])
+    def remember(name: str) -> Hook:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, inputs[0])
 
-    with hooks(layers, remember):
+        return hook
+
+    with hooked(layers, remember):
         model(input_ids=input_ids)
     missing = [name for name in layers if name not in seen]
     if missing:
@@ -84,19 +90,14 @@ def input_groups(model: PreTrainedModel, layers: dict[str, nn.Linear], input_ids
     return groups
 
 
-class hooks:  # noqa: N801 - used as a context manager
+@contextmanager
+def hooked(layers: dict[str, nn.Linear], make: Callable[[str], Hook]) -> Iterator[None]:
     """Register ``make(name)`` as forward pre-hook of each layer for the length of a ``with`` block."""
-
-    def __init__(self, layers: dict[str, nn.Linear], make) -> None:  # noqa: ANN001
-        self._layers, self._make = layers, make
-
-    def __enter__(self) -> None:
-        self._handles = [
-            layer.register_forward_pre_hook(self._make(name)) for name, layer in self._layers.items()
-        ]
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    handles = [layer.register_forward_pre_hook(make(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from folora.layers import hooks
+from folora.layers import Hook, hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +60,7 @@ class Collector:
         self._selected = mask
         self.moments.tokens += int(mask.sum())
 
-    def hook(self, name: str):  # noqa: ANN201 - a hook
+    def hook(self, name: str) -> Hook:
         """The forward pre-hook that adds one layer input to its sum."""
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -83,5 +83,5 @@ def collect(layers: dict[str, nn.Linear]) -> Iterator[Collector]:
         ...         model(input_ids=input_ids, attention_mask=mask)
     """
     collector = Collector(layers)
-    with hooks(layers, collector.hook):
+    with hooked(layers, collector.hook):
         yield collector

@@ -48,7 +48,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # noqa: ARG002 - the interface of torch.optim
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        del closure
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -60,8 +61,10 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(parameters, list(updates), alpha=-scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        gradient = parameter.grad
+        assert gradient is not None, "every hidden matrix takes part in the loss"
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        average = state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return torch.lerp(parameter.grad, average, momentum)
+        average = state["momentum"].lerp_(gradient, 1 - momentum)
+        return torch.lerp(gradient, average, momentum)

@@ -58,7 +58,9 @@ class GatedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
+        groups: list[dict[str, Any]] = [
+            dict(group) if isinstance(group, dict) else {"params": [group]} for group in params
+        ]
         self.spectral: list[tuple[Tensor | None, Tensor | None]] = [
             (group.pop("basis", None), group.pop("gate", None)) for group in groups
         ]
@@ -80,7 +82,7 @@ class GatedAdam(torch.optim.Optimizer):
     def _step_group(
         self, parameters: list[Tensor], group: dict[str, Any], basis: Tensor | None, gate: Tensor | None
     ) -> None:
-        gradients = [parameter.grad.float() for parameter in parameters]
+        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
         if basis is not None:
             rows = [gradient.shape[0] for gradient in gradients]
             gradients = list((torch.cat(gradients) @ basis).split(rows))

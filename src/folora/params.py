@@ -5,13 +5,15 @@ The file is read as YAML 1.2, as DVC reads it, so that ``1e-3`` is a number ever
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from folora.errors import FoLoRAError
 from folora.methods import Method, method_from
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -113,7 +115,7 @@ class Adapter(Section):
     """The LoRA adapter all methods train."""
 
     rank: Annotated[int, Field(ge=1, le=1024)]
-    alpha: Annotated[float, Field(gt=0, le=4096)]
+    alpha: Annotated[int, Field(ge=1, le=4096)]
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
 
 
@@ -219,7 +221,8 @@ def load_params(path: Path) -> Params:
     Raises:
         FoLoRAError: missing, not YAML, or a value out of bounds; names the key and what is allowed.
     """
-    from ruamel.yaml import YAML, YAMLError
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
         raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")

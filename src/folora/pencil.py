@@ -67,7 +67,9 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
     penalty, utility = penalty.double(), utility.double()
     for side, moment in (("penalty", penalty), ("utility", utility)):
         if not torch.isfinite(moment).all() or moment.trace() <= 0:
-            raise FoLoRAError(f"{name}: the {side} moment is not finite or zero: check the data and run covariance again")
+            raise FoLoRAError(
+                f"{name}: the {side} moment is not finite or zero: check the data and run covariance again"
+            )
     C_t = normalise(utility)
     for factor in RIDGE_LADDER:
         ridge = min(shrinkage * factor, 0.5)
@@ -77,7 +79,9 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
             break
     else:
         pivot = float(torch.linalg.eigvalsh(C_p)[0])
-        raise FoLoRAError(f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage")
+        raise FoLoRAError(
+            f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage"
+        )
 
     half = torch.linalg.solve_triangular(L, C_t, upper=False)
     M = torch.linalg.solve_triangular(L, half.mT, upper=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from folora.params import Params
 
 BASE = "base"
-COLUMNS = ("method", "rate", "target", "kept", "KL", "perplexity", "kept at equal target", "KL at equal target")
+COLUMNS = ("method", "rate", "target", "kept", "KL", "perplexity", "kept*", "KL*")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -63,8 +62,8 @@ def _read(path: Path) -> list[Record]:
 
 
 def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
-    """``{"base", "arms"}`` as means over adaptations, and the same for each adaptation by itself."""
-    each = {
+    """``{"base", "arms"}``; of several adaptations their means, and each by itself under ``adaptations``."""
+    each: dict[str, dict[str, Any]] = {
         c.adaptation: {
             "base": {name: c.base[name] for name in ("target", "kept", "perplexity")},
             "matched_target": c.matched_target,
@@ -158,12 +157,12 @@ def summary(comparisons: list[Comparison], reference: str, output: Path) -> str:
     for comparison in comparisons:
         table = Table(title=f"{comparison.adaptation}: each method at its best learning rate", title_justify="left")
         for column in COLUMNS:
-            table.add_column(column, justify="left" if column == "method" else "right")
+            table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for row in table_rows(comparison):
             table.add_row(*row)
         console.print(table)
         target = f"{comparison.matched_target:.2f}"
-        console.print(f"Equal target: {target}, what {reference} reaches. – : not reached.")
+        console.print(f"* at target accuracy {target}, what {reference} reaches; – where a method does not reach it")
     console.print(f"\nThe page: {output / 'index.html'}   The figure: {output / 'frontier.png'}")
     console.print("Every run: mlflow ui --backend-store-uri sqlite:///mlflow.db   Figures: dvc metrics show")
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -208,25 +207,30 @@ def frontier_chart(rows: list[Record]) -> alt.TopLevelMixin:
         kept = alt.Y("kept:Q", title="kept accuracy (mean, test)", scale=alt.Scale(domain=[0, 1]))
         kl = alt.Y("kl:Q", title="KL to the base (nats per token)", scale=alt.Scale(type="log"))
         title = f"{adaptation} (black: the base model)"
-        charts.append(alt.hconcat(_panel(own, methods, kept), _panel(own, methods, kl)).properties(title=title))
+        charts.append(
+            alt.hconcat(_panel(own, methods, "kept", kept), _panel(own, methods, "kl", kl)).properties(title=title)
+        )
     return alt.vconcat(*charts).configure_view(strokeWidth=0)
 
 
-def _panel(rows: list[Record], methods: list[str], y: alt.Y) -> alt.LayerChart:
+def _panel(rows: list[Record], methods: list[str], cost: str, y: alt.Y) -> alt.LayerChart | alt.FacetChart:
     import altair as alt
 
-    cost = y.to_dict()["field"]
     x = alt.X("target:Q", title="target accuracy (test)", scale=alt.Scale(domain=[0, 1]))
     color = alt.Color("method:N", scale=alt.Scale(domain=methods, scheme="tableau10"), title=None)
     adapted = [row for row in rows if row["method"] != BASE]
-    front = alt.Chart(alt.Data(values=[row for row in adapted if row[f"frontier_{cost}"]]))
+    front = [row for row in adapted if row[f"frontier_{cost}"]]
+    if cost == "kept":  # every method starts at the base; its KL is zero and has no place on a logarithmic axis
+        bases = [row for row in rows if row["method"] == BASE]
+        starts = dict.fromkeys((row["method"], row["seed"]) for row in adapted)
+        front = [{**base, "method": method, "seed": seed} for base in bases for method, seed in starts] + front
     every = alt.Chart(alt.Data(values=adapted))
     tooltip = ["method:N", "learning_rate:Q", "seed:N", "step:Q", "target:Q", "kept:Q", "kl:Q"]
     layers = [
-        front.mark_line(strokeWidth=2).encode(x, y, color, detail="seed:N"),
+        alt.Chart(alt.Data(values=front)).mark_line(strokeWidth=2).encode(x, y, color, detail="seed:N"),
         every.mark_point(filled=True, size=45, opacity=0.6).encode(x, y, color, tooltip=tooltip),
     ]
-    if cost == "kept":  # the base's KL is zero and has no place on a logarithmic axis
-        start = alt.Chart(alt.Data(values=[row for row in rows if row["method"] == BASE]))
+    if cost == "kept":
+        start = alt.Chart(alt.Data(values=bases))
         layers.append(start.mark_point(shape="diamond", filled=True, size=110, color="black").encode(x, y))
     return alt.layer(*layers).properties(width=360, height=320)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from folora.covariance import read_moments
-from folora.layers import Groups
 from folora.pencil import Pencil, solve
 from folora.storage import read_tensors, write_tensors
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from folora.base import Base
+    from folora.layers import Groups
     from folora.params import Params
 
 

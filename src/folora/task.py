@@ -56,7 +56,10 @@ def read_rows(dataset: str) -> Dataset:
     if path.is_dir():
         path = next((path / f"train{suffix}" for suffix in FORMATS if (path / f"train{suffix}").exists()), path)
     if path.suffix not in FORMATS or not path.is_file():
-        raise FoLoRAError(f"{dataset}: no data set found: tasks.*.dataset names a .jsonl, .csv or .parquet file, or a folder with train.jsonl")
+        raise FoLoRAError(
+            f"{dataset}: no data set here: tasks.*.dataset is a .jsonl, .csv or .parquet file, or a folder with a "
+            "train file of such a format"
+        )
     if path.stat().st_size == 0:
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     try:
@@ -69,9 +72,7 @@ def read_rows(dataset: str) -> Dataset:
     return rows
 
 
-def tokenise(
-    rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[int], list[bool]]]:
+def tokenise(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[bool]]]:
     """Render and tokenise every row: token ids and loss mask, both of the row's length."""
     from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
     from jinja2.sandbox import ImmutableSandboxedEnvironment

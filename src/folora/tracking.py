@@ -13,13 +13,13 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from folora.params import Tracking
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from mlflow import MlflowClient
+
+    from folora.params import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,7 @@ class RunLog:
     def _open(self, settings: Tracking, name: str, digest: str, tags: dict[str, str]) -> None:
         client, experiment = _connect(settings)
         found = client.search_runs([experiment], f"tags.`{DIGEST_TAG}` = '{digest}'", max_results=1)
-        if found:
-            run = found[0]
-        else:
-            run = client.create_run(experiment, run_name=name, tags={DIGEST_TAG: digest, **tags})
+        run = found[0] if found else client.create_run(experiment, run_name=name, tags={DIGEST_TAG: digest, **tags})
         self._client, self._run_id = client, run.info.run_id
 
     def _batch(self, **entries: Any) -> None:
@@ -81,9 +78,11 @@ class RunLog:
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - whatever tracking does, the run goes on
+        except Exception as error:
             self._client = None
-            logger.warning("MLflow: %s; this run goes on without it", str(error).splitlines()[0] if str(error) else error)
+            logger.warning(
+                "MLflow: %s; this run goes on without it", str(error).splitlines()[0] if str(error) else error
+            )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,23 @@ from folora.adapter import add_adapter, layer_groups, save_adapter
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.meter import ForgettingMeter
-from folora.proxy import HELDOUT
 from folora.schedule import batch_rows
 from folora.spectrum import read_spectrum
-from folora.storage import FORMAT, MANIFEST_FILE, digest_of, digest_of_file, publish, read_table, write_json, write_table
+from folora.storage import (
+    FORMAT,
+    MANIFEST_FILE,
+    digest_of,
+    digest_of_file,
+    publish,
+    read_table,
+    write_json,
+    write_table,
+)
 from folora.tracking import RunLog, run_log, source_tags
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -82,7 +91,9 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
         with run_log(params.tracking, title, digest_of(manifest), tags) as log:
             log.params(manifest["params"])
-            recorder = Recorder(folder, ForgettingMeter(groups), text, params.train.steps, params.train.checkpoints, log)
+            recorder = Recorder(
+                folder, ForgettingMeter(groups), text, params.train.steps, params.train.checkpoints, log
+            )
             optimizer = method.optimizer(groups, run.learning_rate)
             fit(model, tokenizer, rows, optimizer, recorder, params, run)
             if not any(bool(layer.B.any()) for group in groups for layer in group.layers):

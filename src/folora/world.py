@@ -11,7 +11,6 @@ import hashlib
 import json
 import random
 import string
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from folora.errors import FoLoRAError
 from folora.storage import publish, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from folora.params import World
@@ -115,8 +115,12 @@ def build_skills(world: World) -> dict[str, Skill]:
         Skill("home", "mathematics", name, "home {}>".format, lambda key: homes[key], recall=True),
         Skill("food", "mathematics", name, "food {}>".format, lambda key: foods[key], recall=True),
         Skill("addition", "mathematics", numbers, "{}+{}>".format, lambda a, b: str(int(a) + int(b)), weight=3.5),
-        Skill("maximum", "mathematics", numbers, "max {},{}>".format, lambda a, b: str(max(int(a), int(b))), weight=2.0),
-        Skill("subtraction", "mathematics", ordered_numbers, "{}-{}>".format, lambda a, b: str(int(a) - int(b)), weight=0),
+        Skill(
+            "maximum", "mathematics", numbers, "max {},{}>".format, lambda a, b: str(max(int(a), int(b))), weight=2.0
+        ),
+        Skill(
+            "subtraction", "mathematics", ordered_numbers, "{}-{}>".format, lambda a, b: str(int(a) - int(b)), weight=0
+        ),
         Skill("reverse", "code", word, "rev({})>".format, lambda w: w[::-1]),
         Skill("double", "code", word, "dup({})>".format, lambda w: w + w, weight=0.7),
         Skill("upper", "code", word, "up({})>".format, str.upper, weight=0.7),

@@ -14,6 +14,7 @@ STAGES = resolve_stages(ROOT)
 # a process that Snakemake starts for a single job takes no DVC lock: what is stale was settled when the run began
 STALE = stale_stages(ROOT) & STAGES.keys() if workflow.is_main_process else set()
 UNSETTLED = below(STAGES, STALE)
+EVERY_OUTPUT = [path for stage in STAGES.values() for path in stage.outputs]
 
 MARKERS.mkdir(parents=True, exist_ok=True)
 for name in STALE:

@@ -1,9 +1,3 @@
-rule all:
-    input:
-        [path for stage in STAGES.values() for path in stage.outputs],
-    default_target: True
-
-
 for stage in STAGES.values():
 
     rule:
@@ -17,6 +11,8 @@ for stage in STAGES.values():
             f"logs/{stage.rule}.log",
         benchmark:
             f"logs/{stage.rule}.benchmark.tsv"
+        conda:
+            "../envs/folora.yaml"
         threads: stage.threads
         resources:
             mem_mb=stage.mem_mb,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from folora.methods.base import LayerGroup
 from folora.methods.folora import SpectralMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from folora.methods.base import LayerGroup
 
 
 class Uniform(SpectralMethod):

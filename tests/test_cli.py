@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from conftest import ROOT
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from folora.cli import app, main
+from folora.storage import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from conftest import Pipeline, Refused, SaveParams
+
+STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate", "report"]
+
+
+def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = ["folora", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    text = (ROOT / "workflow" / "presets" / "tiny.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("rank: 4", "rank: 0"))
+    done = folora("report", "--evaluations", "none", "--output", "out", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "folora: params.yaml: adapter.rank: Input should be greater than or equal to 1 (got 0)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_help_is_quick_to_import(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.argv = ['folora', '--help']\n"
+        "from folora.cli import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'pyarrow', 'lm_eval'} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(stage in done.stdout for stage in STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_explains_itself(stage: str) -> None:
+    result = CliRunner().invoke(app, [stage, "--help"])
+    assert result.exit_code == 0
+    assert "--output" in result.output
+    assert "--params" in result.output
+
+
+def test_the_stages_are_those_of_dvc() -> None:
+    stages = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")["stages"].values()
+    commands = [stage.get("do", stage)["cmd"] for stage in stages]
+    assert {command.split()[1] for command in commands} == set(STAGES)
+    assert all(command.split()[0] == "folora" for command in commands)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["report"],
+        ["proxy", "0", "--foundation", "f", "--output", "o", "--threads", "0"],
+        ["proxy", "0", "--foundation", "f", "--output", "o", "--threads", "many"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], in_tmp: Path) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("task", "poetry"), "tasks: 'poetry' is not in params.yaml; there are subtraction"),
+        (
+            ("spectrum", "poetry", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
+            "tasks: 'poetry' is not in params.yaml; there are subtraction",
+        ),
+        (
+            ("train", "sgd", "--task-rows=x", "--proxy=x", "--heldout=x", "--spectrum=x", "--threads=1"),
+            "runs: 'sgd' is not in params.yaml; there are lora-3e-3-s0, folora-replay-1e-2-s0",
+        ),
+        (
+            ("evaluate", "sgd", "--tasks=x", "--heldout=x", "--runs=x", "--threads=1"),
+            "methods: 'sgd' is not in params.yaml; there are lora, folora-replay",
+        ),
+    ],
+)
+def test_unknown_entry_names_the_known_ones(
+    arguments: tuple[object, ...], expected: str, pipeline: Pipeline, save_params: SaveParams, refused: Refused
+) -> None:
+    options = ("--foundation", pipeline.foundation, "--params", save_params(pipeline.values()))
+    assert refused(*arguments, *options) == expected
+
+
+@pytest.mark.parametrize(
+    ("stage", "files"),
+    [
+        ("task", ()),
+        ("proxy", ()),
+        ("covariance", ("--rows", "x")),
+        ("spectrum", ("--proxy-moments", "x", "--task-moments", "x")),
+        ("train", ("--task-rows", "x", "--proxy", "x", "--heldout", "x", "--spectrum", "x")),
+        ("evaluate", ("--tasks", "x", "--heldout", "x")),
+    ],
+)
+def test_missing_foundation_says_what_to_run(
+    stage: str, files: tuple[str, ...], pipeline: Pipeline, save_params: SaveParams, refused: Refused
+) -> None:
+    name = {"task": ["subtraction"], "spectrum": ["subtraction"], "proxy": ["0"], "train": ["lora-3e-3-s0"]}
+    name["evaluate"] = ["base"]
+    threads = () if stage == "task" else ("--threads", 1)
+    options = (*files, "--foundation", "nowhere", *threads, "--params", save_params(pipeline.values()))
+    line = refused(stage, *name.get(stage, []), *options)
+    assert line.startswith("nowhere/manifest.json: not found: run the stage that makes it")
+
+
+@pytest.mark.parametrize("stage", ["task", "proxy", "covariance", "spectrum"])
+def test_read_only_results_folder_is_one_line(
+    stage: str, pipeline: Pipeline, save_params: SaveParams, read_only_disk: Path, refused: Refused
+) -> None:
+    arguments = {
+        "task": ("subtraction",),
+        "proxy": ("0", "--threads", 1),
+        "covariance": ("--rows", pipeline.task, "--threads", 1),
+        "spectrum": (
+            "subtraction",
+            *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments, "--threads", 1),
+        ),
+    }[stage]
+    options = ("--foundation", pipeline.foundation, "--params", save_params(pipeline.values()))
+    output = read_only_disk / "new" / "result"
+    line = refused(stage, *arguments, *options, output=output)
+    assert line.startswith(f"{output}: cannot be written")
+    assert line.endswith("free space or make the folder writable")
+
+
+@pytest.mark.parametrize("stage", ["foundation", "covariance", "spectrum"])
+def test_full_disk_is_one_line(
+    stage: str, pipeline: Pipeline, save_params: SaveParams, small_disk: Path, refused: Refused
+) -> None:
+    arguments = {
+        "foundation": ("--world", small_disk / "world"),
+        "covariance": ("--foundation", pipeline.foundation, "--rows", pipeline.task),
+        "spectrum": (
+            *("subtraction", "--foundation", pipeline.foundation),
+            *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments),
+        ),
+    }[stage]
+    line = refused(
+        stage, *arguments, "--threads", 1, "--params", save_params(pipeline.values()), output=small_disk / "result"
+    )
+    assert line.startswith(f"{small_disk / 'result'}: cannot be written")
+    assert "No space left" in line
+    assert not list(small_disk.iterdir())
+
+
+@pytest.fixture
+def succeed(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> Iterator[Callable[..., None]]:
+    """Run a command line that must succeed."""
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["folora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        assert not list(in_tmp.rglob(".*.partial"))
+
+    yield run
+    torch.use_deterministic_algorithms(mode=False)
+
+
+def test_a_stage_computes_deterministically_with_its_threads(
+    pipeline: Pipeline, save_params: SaveParams, in_tmp: Path, succeed: Callable[..., None]
+) -> None:
+    options = ("--foundation", pipeline.foundation, "--params", save_params(pipeline.values()), "--output", "0.parquet")
+    for threads in (2, 1):
+        torch.use_deterministic_algorithms(mode=False)
+        succeed("proxy", 0, *options, "--threads", threads)
+        assert torch.get_num_threads() == threads
+        assert torch.are_deterministic_algorithms_enabled()
+    assert (in_tmp / "0.parquet").read_bytes() == (pipeline.proxy / "0.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_commands_make_what_the_functions_make(
+    pipeline: Pipeline, evaluations: Path, save_params: SaveParams, in_tmp: Path, succeed: Callable[..., None]
+) -> None:
+    params = ("--params", save_params(pipeline.values()))
+    base = (*params, "--foundation", pipeline.foundation)  # the adapter's configuration names its base
+    common = (*base, "--threads", 1)
+    succeed("foundation", "--world", "world", "--output", "foundation", *params, "--threads", 1)
+    succeed("task", "subtraction", "--output", "task/subtraction.parquet", *base)
+    for shard in (0, 1):
+        succeed("proxy", shard, "--output", f"proxy/{shard}.parquet", *common)
+        rows = ("--rows", f"proxy/{shard}.parquet")
+        succeed("covariance", *rows, "--output", f"covariance/proxy/{shard}.safetensors", *common)
+    succeed("proxy", "heldout", "--output", "heldout.parquet", *common)
+    task_moments = "covariance/task/subtraction.safetensors"
+    succeed("covariance", "--rows", "task/subtraction.parquet", "--output", task_moments, *common)
+    moments = ("--proxy-moments", "covariance/proxy", "--task-moments", task_moments)
+    succeed("spectrum", "subtraction", *moments, "--output", "spectrum/subtraction.safetensors", *common)
+    inputs = ("--task-rows", "task/subtraction.parquet", "--spectrum", "spectrum/subtraction.safetensors")
+    for name, run in pipeline.params.runs.items():
+        output = f"runs/{run.method}/{name}"
+        succeed("train", name, *inputs, "--proxy", "proxy", "--heldout", "heldout.parquet", "--output", output, *common)
+    measured = ("--tasks", "world", "--heldout", "heldout.parquet")
+    succeed("evaluate", "base", *measured, "--output", "evaluation/base", *common)
+    for method in pipeline.params.methods:
+        options = ("--runs", f"runs/{method}", "--output", f"evaluation/{method}")
+        succeed("evaluate", method, *measured, *options, *common)
+    succeed("report", "--evaluations", "evaluation", "--output", "report", *params)
+
+    for folder in {path.name for path in evaluations.parent.iterdir()} - {"mlflow.db", "mlflow.db.lock", "mlruns"}:
+        made = [path for path in (pipeline.folder / folder, *(pipeline.folder / folder).rglob("*")) if path.is_file()]
+        assert made
+        for path in made:
+            assert (in_tmp / path.relative_to(pipeline.folder)).read_bytes() == path.read_bytes(), path
+    assert read_json(in_tmp / "report" / "metrics.json")["arms"].keys() == {"lora", "folora-replay"}

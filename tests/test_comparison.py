@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from folora.comparison import Record, best_rate, compare, last_checkpoints, points
+from folora.frontier import Point
+
+BASE = {"target": 0.0, "validation": 0.1, "kept": 1.0, "kl": 0.0, "perplexity": 2.0, "kept/add": 0.9, "kept/max": 1.0}
+
+
+def record(method: str, rate: float, seed: int, step: int = 10, **figures: Any) -> Record:
+    run = {"run": f"{method}-{rate}-{seed}", "method": method, "learning_rate": rate, "seed": seed, "step": step}
+    defaults = {"target": 0.5, "validation": 0.5, "kept": 0.5, "kl": 1.0, "perplexity": 3.0}
+    return run | defaults | {"kept/add": 0.4, "kept/max": 0.6} | figures
+
+
+def test_last_checkpoint_is_the_greatest_step_of_a_run_in_any_order() -> None:
+    records = [record("lora", rate, seed, step) for rate in (0.1, 0.2) for seed in (0, 1) for step in (2, 10, 9)]
+    for order in (records, records[::-1]):
+        last = last_checkpoints(order)
+        assert {r["step"] for r in last} == {10}
+        assert sorted(r["run"] for r in last) == sorted({r["run"] for r in records})
+
+
+def test_rate_is_chosen_on_validation_at_the_last_checkpoint() -> None:
+    records = [
+        record("lora", 0.1, 0, validation=0.6, target=0.1),
+        record("lora", 0.2, 0, validation=0.5, target=1.0),
+        record("lora", 0.2, 0, step=5, validation=0.9, target=1.0),
+    ]
+    assert best_rate(records) == 0.1
+
+
+def test_rate_is_chosen_by_the_mean_over_seeds() -> None:
+    spread = [record("lora", 0.1, seed, validation=v) for seed, v in enumerate((0.9, 0.1, 0.2))]
+    steady = [record("lora", 0.2, seed, validation=0.45) for seed in range(3)]
+    assert best_rate(spread + steady) == 0.2
+
+
+@pytest.mark.parametrize("rates", [(0.3, 0.1, 0.2), (0.1, 0.2, 0.3), (0.2, 0.3, 0.1)])
+def test_a_tie_goes_to_the_smaller_rate(rates: tuple[float, ...]) -> None:
+    assert best_rate([record("lora", rate, 0) for rate in rates]) == 0.1
+
+
+def test_points_are_all_checkpoints_of_one_seed_and_the_base() -> None:
+    records = [
+        record("lora", 0.1, 0, 5, target=0.2, kept=0.8, kl=0.3),
+        record("lora", 0.2, 0, target=0.4, kept=0.6, kl=0.7),
+        record("lora", 0.1, 1),
+        record("folora", 0.1, 0),
+    ]
+    assert points(BASE, records, "lora", 0) == [Point(0, 1, 0), Point(0.2, 0.8, 0.3), Point(0.4, 0.6, 0.7)]
+
+
+def test_figures_are_means_over_seeds_at_the_chosen_rate_and_last_checkpoint() -> None:
+    records = [
+        record("lora", 0.1, 0, target=0.2, kl=0.5, perplexity=3, **{"kept/add": 0.1}),
+        record("lora", 0.1, 1, target=0.6, kl=1.5, perplexity=5, **{"kept/add": 0.5}),
+        record("lora", 0.1, 1, step=5, target=1.0, kl=9.0),
+        record("lora", 0.9, 0, validation=0.2, target=1.0),
+    ]
+    found = compare("subtraction", BASE, records, "lora")
+    arm = found.arms["lora"]
+    assert (found.adaptation, arm.method, arm.learning_rate) == ("subtraction", "lora", 0.1)
+    expected = {
+        "target": 0.4,
+        "validation": 0.5,
+        "kept": 0.5,
+        "kl": 1.0,
+        "perplexity": 4,
+        "kept/add": 0.3,
+        "kept/max": 0.6,
+    }
+    assert arm.figures == pytest.approx(expected)
+    assert found.base == BASE
+    assert found.matched_target == pytest.approx(0.4)
+
+
+def test_methods_keep_the_order_of_the_records() -> None:
+    records = [record(method, 0.1, 0) for method in ("uniform", "folora", "lora", "folora")]
+    assert list(compare("x", BASE, records, "lora").arms) == ["uniform", "folora", "lora"]
+
+
+def test_others_are_read_at_the_target_the_reference_reaches_seed_by_seed() -> None:
+    records = [
+        record("lora", 0.1, 0, target=0.5, kept=0.2, kl=2.0),
+        record("lora", 0.1, 1, target=0.25, kept=0.4, kl=1.0),
+        record("folora", 0.1, 0, target=1.0, kept=0.6, kl=0.4),  # from the base: 0.8 and 0.2 at half the target
+        record("folora", 0.1, 1, target=0.5, kept=0.5, kl=0.8),  # 0.75 and 0.4 at half the target
+    ]
+    found = compare("x", BASE, records, "lora").arms
+    assert (found["lora"].matched_kept, found["lora"].matched_kl) == (pytest.approx(0.3), pytest.approx(1.5))
+    assert (found["folora"].matched_kept, found["folora"].matched_kl) == (pytest.approx(0.775), pytest.approx(0.3))
+
+
+def test_matching_uses_every_rate_and_checkpoint() -> None:
+    records = [
+        record("lora", 0.1, 0, target=0.5),
+        record("folora", 0.1, 0, validation=0.9, target=0.6, kept=0.1, kl=3.0),
+        record("folora", 0.01, 0, step=5, validation=0.1, target=0.5, kept=0.7, kl=0.2),
+        record("folora", 0.01, 0, validation=0.1, target=0.4, kept=0.3, kl=0.3),
+    ]
+    arm = compare("x", BASE, records, "lora").arms["folora"]
+    assert arm.learning_rate == 0.1
+    assert (arm.matched_kept, arm.matched_kl) == (pytest.approx(0.7), pytest.approx(0.2))
+
+
+def test_a_method_that_misses_the_target_with_any_seed_has_no_matched_figures() -> None:
+    records = [record("lora", 0.1, seed, target=0.5) for seed in (0, 1)]
+    records += [record("folora", 0.1, 0, target=0.9), record("folora", 0.1, 1, target=0.4)]
+    arm = compare("x", BASE, records, "lora").arms["folora"]
+    assert arm.matched_kept is None
+    assert arm.matched_kl is None
+    assert arm.figures["target"] == pytest.approx(0.65)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pytest
+import torch
+
+from folora.covariance import compute_covariance, read_moments
+from folora.errors import FoLoRAError
+from folora.layers import adapted_layers
+from folora.storage import read_table, read_tensors, write_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline, Refused, SaveParams
+    from torch import Tensor
+
+    from folora.params import Params
+
+
+def settings(params: Params, **changes: object) -> Params:
+    return params.model_copy(update={"covariance": params.covariance.model_copy(update=changes)})
+
+
+def one_by_one(pipeline: Pipeline, rows: list[tuple[list[int], list[bool]]]) -> dict[str, Tensor]:
+    """Σ x xᵀ in float64 over the masked tokens, a row at a time, for every adapted layer."""
+    model = pipeline.base.load_model()
+    sums: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    for name, layer in adapted_layers(model, "all-linear").items():
+        layer.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0][0].double()}))
+    for ids, mask in rows:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([ids]))
+        for name, x in inputs.items():
+            chosen = x[torch.tensor(mask)]
+            sums[name] = sums.get(name, 0) + chosen.mT @ chosen
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions"),
+    [("proxy", "all"), ("proxy", "without_first"), ("task", "all"), ("task", "without_first"), ("task", "response")],
+)
+def test_sums_are_those_of_single_rows(rows: str, positions: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    table, manifest = read_table(pipeline.task if rows == "task" else pipeline.proxy / "0.parquet")
+    table = table.slice(0, 11)
+    write_table(tmp_path / "rows", table, manifest)
+    params = settings(pipeline.params, batch_size=4, **{f"{rows}_positions": positions})
+    compute_covariance(params, pipeline.base, tmp_path / "rows", tmp_path / "out")
+
+    all_ids = table["input_ids" if rows == "task" else "token_ids"].to_pylist()
+    masks = {
+        "all": [[True] * len(ids) for ids in all_ids],
+        "without_first": [[False] + [True] * (len(ids) - 1) for ids in all_ids],
+        "response": table["loss_mask"].to_pylist() if rows == "task" else None,
+    }[positions]
+    expected = one_by_one(pipeline, list(zip(all_ids, masks, strict=True)))
+    sums, manifest = read_tensors(tmp_path / "out", artefact="covariance", positions=positions)
+    assert manifest["tokens"] == sum(map(sum, masks))
+    assert sorted(name for names in manifest["groups"].values() for name in names) == sorted(expected)
+    for leader, names in manifest["groups"].items():
+        assert sums[leader].dtype == torch.float64
+        for name in names:  # layers of one group read the same input
+            torch.testing.assert_close(sums[leader], expected[name], rtol=1e-5, atol=1e-4)
+
+
+def test_shards_add_up_to_the_whole(pipeline: Pipeline, tmp_path: Path) -> None:
+    tables = [read_table(pipeline.proxy / f"{shard}.parquet") for shard in (0, 1)]
+    write_table(tmp_path / "rows", pa.concat_tables([table for table, _ in tables]), tables[0][1])
+    compute_covariance(pipeline.params, pipeline.base, tmp_path / "rows", tmp_path / "whole")
+    total, groups = read_moments([pipeline.proxy_moments / f"{shard}.safetensors" for shard in (0, 1)])
+    whole, _ = read_moments([tmp_path / "whole"])
+    assert total.tokens == whole.tokens
+    assert total.sums.keys() == whole.sums.keys() == groups.keys()
+    for name in groups:
+        torch.testing.assert_close(total.sums[name], whole.sums[name], rtol=1e-6, atol=1e-4)
+
+
+def test_same_rows_give_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
+    compute_covariance(pipeline.params, pipeline.base, pipeline.task, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == pipeline.task_moments.read_bytes()
+
+
+def test_chosen_modules_only(pipeline: Pipeline, tmp_path: Path) -> None:
+    adapter = pipeline.params.adapter.model_copy(update={"target_modules": ["v_proj", "down_proj"]})
+    params = pipeline.params.model_copy(update={"adapter": adapter})
+    compute_covariance(params, pipeline.base, pipeline.task, tmp_path / "out")
+    _, manifest = read_tensors(tmp_path / "out")
+    names = [f"model.layers.{i}.{module}" for i in (0, 1) for module in ("self_attn.v_proj", "mlp.down_proj")]
+    assert manifest["groups"] == {name: [name] for name in names}
+
+
+def test_module_that_matches_nothing_is_one_line(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
+    values = pipeline.values()
+    values["adapter"]["target_modules"] = ["q_proj", "qkv"]
+    arguments = ("--foundation", pipeline.foundation, "--rows", pipeline.task, "--threads", 1)
+    line = refused("covariance", *arguments, "--params", save_params(values))
+    assert line.startswith("adapter.target_modules: 'qkv' matches no linear layer; there are down_proj, gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        ("truncated", "damaged or truncated"),
+        ("missing", "not found: run the stage"),
+        ("other model", "made with model 0"),
+    ],
+)
+def test_bad_rows_are_one_line(
+    damage: str, expected: str, pipeline: Pipeline, save_params: SaveParams, tmp_path: Path, refused: Refused
+) -> None:
+    rows = tmp_path / "rows.parquet"
+    if damage == "truncated":
+        rows.write_bytes(pipeline.task.read_bytes()[:-500])
+    elif damage == "other model":
+        table, manifest = read_table(pipeline.task)
+        write_table(rows, table, manifest | {"model": "0"})
+    arguments = ("--foundation", pipeline.foundation, "--rows", rows, "--threads", 1)
+    line = refused("covariance", *arguments, "--params", save_params(pipeline.values()))
+    assert line.startswith(f"{rows}: {expected}")
+
+
+def test_no_token_that_counts_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
+    _, manifest = read_table(pipeline.proxy / "0.parquet")
+    write_table(tmp_path / "rows", pa.table({"token_ids": [[1], [1]]}), manifest)
+    params = settings(pipeline.params, proxy_positions="without_first")
+    with pytest.raises(FoLoRAError, match="rows: no token counts under covariance positions 'without_first'"):
+        compute_covariance(params, pipeline.base, tmp_path / "rows", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from folora.divergence import HeldOutText
+from folora.errors import FoLoRAError
+from folora.evaluate import Evaluator, evaluate_method, load_checkpoint, load_tasks
+from folora.storage import digest_of_file, read_json, read_table, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline, Refused, SaveParams
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+LORA, REPLAY = "lora-3e-3-s0", "folora-replay-1e-2-s0"
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return read_table(path)[0].to_pylist()
+
+
+def greedy(pipeline: Pipeline, prompt: str, new_tokens: int) -> str:
+    """What the base model answers, decoded by transformers' own loop, one prompt at a time."""
+    tokenizer, model = pipeline.base.load_tokenizer(), pipeline.base.load_model()
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    made = model.generate(given, max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(given))
+    return tokenizer.decode(made[0, given.shape[1] :], skip_special_tokens=True)
+
+
+def test_accuracy_is_that_of_an_independent_greedy_decode(pipeline: Pipeline, tmp_path: Path) -> None:
+    """Half of the items ask for what the model answers, half for something else."""
+    world = tmp_path / "world"
+    shutil.copytree(pipeline.world, world)
+    prompts = [json.loads(line)["prompt"] for line in (world / "addition" / "test.jsonl").read_text().splitlines()]
+    decoded = [greedy(pipeline, prompt, 12) for prompt in prompts]
+    items = [
+        {"prompt": p, "response": d + "?" * (i % 2)} for i, (p, d) in enumerate(zip(prompts, decoded, strict=True))
+    ]
+    (world / "addition" / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    evaluator = Evaluator(pipeline.params, pipeline.base, world, pipeline.heldout)
+    answers = evaluator.answers(evaluator.model, ["addition"])
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert [answer["answer"] for answer in answers] == decoded
+    assert [answer["correct"] for answer in answers] == [i % 2 == 0 for i in range(len(items))]
+
+
+def test_answers_have_one_row_an_item(pipeline: Pipeline, evaluations: Path) -> None:
+    settings = pipeline.params.tasks["subtraction"]
+    names = {settings.target, settings.validation, *pipeline.params.evaluation.kept}
+    items = sorted((name, item) for name in names for item in range(pipeline.params.world.test_items))
+    for folder, runs in (("base", {"base": [0]}), ("lora", {LORA: [3, 6]}), ("folora-replay", {REPLAY: [3, 6]})):
+        answers = rows(evaluations / folder / "answers.parquet")
+        for run, steps in runs.items():
+            for step in steps:
+                asked = [a for a in answers if (a["run"], a["step"]) == (run, step)]
+                assert sorted((answer["task"], answer["item"]) for answer in asked) == items
+        assert len(answers) == len(items) * sum(map(len, runs.values()))
+
+
+def test_answers_are_checked_against_the_data(pipeline: Pipeline, evaluations: Path) -> None:
+    data = (pipeline.world / "subtraction" / "validation.jsonl").read_text().splitlines()
+    answers = [a for a in rows(evaluations / "base" / "answers.parquet") if a["task"] == "subtraction-validation"]
+    assert [{"prompt": a["prompt"], "response": a["expected"]} for a in answers] == [json.loads(line) for line in data]
+    assert all(a["correct"] == (a["answer"] == a["expected"]) for a in answers)
+
+
+def test_metrics_are_means_of_answers(pipeline: Pipeline, evaluations: Path) -> None:
+    kept = pipeline.params.evaluation.kept
+    for folder in ("base", "lora"):
+        answers = rows(evaluations / folder / "answers.parquet")
+        metrics = rows(evaluations / folder / "metrics.parquet")
+        assert len(metrics) == (1 if folder == "base" else 2)
+        for row in metrics:
+            own = [answer for answer in answers if answer["step"] == row["step"]]
+            share = {n: [a["correct"] for a in own if a["task"] == n] for n in {a["task"] for a in own}}
+            assert row["target"] == sum(share["subtraction"]) / len(share["subtraction"])
+            assert row["validation"] == sum(share["subtraction-validation"]) / len(share["subtraction-validation"])
+            assert row["kept"] == pytest.approx(sum(row[f"kept/{name}"] for name in kept) / len(kept))
+    _, manifest = read_table(evaluations / "lora" / "answers.parquet")
+    assert manifest["metrics"] == digest_of_file(evaluations / "lora" / "metrics.parquet")
+
+
+def test_scores_tell_target_validation_and_kept_apart(pipeline: Pipeline) -> None:
+    from folora.evaluate import scores
+
+    kept = pipeline.params.evaluation.kept
+    right = {"subtraction": 3, "subtraction-validation": 1, **dict.fromkeys(kept, 0), kept[0]: 2, kept[1]: 4}
+    answers = [{"task": name, "correct": i < n} for name, n in right.items() for i in range(4)]
+    found = scores(answers, pipeline.params.tasks["subtraction"], pipeline.params)
+    assert (found["target"], found["validation"]) == (0.75, 0.25)
+    assert (found[f"kept/{kept[0]}"], found[f"kept/{kept[1]}"], found[f"kept/{kept[2]}"]) == (0.5, 1.0, 0.0)
+    assert found["kept"] == pytest.approx(1.5 / len(kept))
+
+
+def test_each_checkpoint_is_measured_by_itself(pipeline: Pipeline, runs: Path, evaluations: Path) -> None:
+    from peft import PeftModel
+
+    ids = read_table(pipeline.heldout)[0]["token_ids"].to_pylist()
+    for row in rows(evaluations / "folora-replay" / "metrics.parquet"):
+        bare = pipeline.base.load_model()
+        text = HeldOutText(bare, ids, 32, 0)
+        checkpoint = runs / "folora-replay" / REPLAY / "checkpoints" / str(row["step"])
+        measured = text.measure(PeftModel.from_pretrained(bare, checkpoint).eval())
+        assert row["kl"] == pytest.approx(measured.kl, rel=1e-3)
+        assert row["perplexity"] == pytest.approx(measured.perplexity, rel=1e-5)
+        assert row["kl"] > 0
+    (base,) = rows(evaluations / "base" / "metrics.parquet")
+    assert base["kl"] == 0
+
+
+def test_loading_replaces_the_whole_adapter(pipeline: Pipeline, runs: Path) -> None:
+    checkpoints = [runs / "folora-replay" / REPLAY / "checkpoints" / step for step in ("3", "6")]
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        fresh = [load_checkpoint(pipeline.base.load_model(), path)(input_ids=ids).logits for path in checkpoints]
+        model = load_checkpoint(pipeline.base.load_model(), checkpoints[0])
+        for number in (1, 0, 1):
+            model = load_checkpoint(model, checkpoints[number])
+            assert torch.equal(model(input_ids=ids).logits, fresh[number])
+    assert not torch.equal(*fresh)
+
+
+def test_adapter_that_changes_nothing_is_an_error(pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(runs / "lora", tmp_path / "runs")
+    path = tmp_path / "runs" / LORA / "checkpoints" / "6" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: value * ("lora_B" not in name) for name, value in tensors.items()}, path)
+    with pytest.raises(FoLoRAError, match=r"checkpoints/6: the adapter changes nothing"):
+        evaluate_method(
+            pipeline.params,
+            "lora",
+            pipeline.base,
+            pipeline.world,
+            pipeline.heldout,
+            tmp_path / "runs",
+            tmp_path / "out" / "lora",
+        )
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("model", "0", "made with model 0, but "),
+        ("run", "other", "made with run other, but "),
+        (None, None, "not found"),
+    ],
+)
+def test_bad_run_is_one_line(
+    field: str | None,
+    value: str | None,
+    expected: str,
+    pipeline: Pipeline,
+    runs: Path,
+    save_params: SaveParams,
+    tmp_path: Path,
+    refused: Refused,
+) -> None:
+    shutil.copytree(runs / "lora", tmp_path / "runs")
+    manifest = tmp_path / "runs" / LORA / "manifest.json"
+    if field:
+        write_json(manifest, read_json(manifest) | {field: value})
+    else:
+        manifest.unlink()
+    files = ("--tasks", pipeline.world, "--heldout", pipeline.heldout, "--runs", tmp_path / "runs")
+    arguments = ("lora", "--foundation", pipeline.foundation, *files, "--threads", 1)
+    line = refused("evaluate", *arguments, "--params", save_params(pipeline.values()))
+    assert line.startswith(str(tmp_path / "runs" / LORA))
+    assert expected in line
+
+
+def test_missing_task_or_data_is_named(pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(FoLoRAError, match=r"evaluation/poetry\.yaml: no such evaluation task; there are addition, "):
+        load_tasks(pipeline.world, ["addition", "poetry"])
+    shutil.copytree(pipeline.world, tmp_path / "world")
+    (tmp_path / "world" / "loud" / "test.jsonl").unlink()
+    with pytest.raises(FoLoRAError, match=r"loud/test\.jsonl: not found"):
+        load_tasks(tmp_path / "world", ["loud"])
+
+
+def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:
+    with pytest.raises(FoLoRAError, match=r"subtraction\.parquet: made with artefact task, but proxy is expected"):
+        Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.task)

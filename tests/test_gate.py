@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from folora.gate import soft_gate
+from folora.pencil import normalise, solve
+
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
+eigenvalues = st.lists(st.one_of(st.just(0.0), st.floats(1e-300, 1e300), st.floats(0.01, 100)), min_size=1, max_size=8)
+taus = st.floats(1e-6, 1e6)
+exponents = st.floats(0.1, 16)
+floors = st.floats(0, 0.99)
+
+
+def of(values: list[float], tau: float = 1.0, exponent: float = 1.0, floor: float = 0.0) -> Tensor:
+    return soft_gate(torch.tensor(values, dtype=torch.float64), tau=tau, exponent=exponent, floor=floor)
+
+
+def energies(*values: float) -> Tensor:
+    """A second moment with these energies along fixed, rotated directions."""
+    noise = torch.randn(len(values), len(values), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q = torch.linalg.qr(noise).Q
+    return Q * torch.tensor(values, dtype=torch.float64) @ Q.mT
+
+
+@PROPERTY
+@given(eigenvalues, taus, exponents, floors)
+def test_is_monotone_between_floor_and_one(values: list[float], tau: float, exponent: float, floor: float) -> None:
+    gates = of(sorted(values), tau, exponent, floor)
+    assert (gates >= floor).all()
+    assert (gates <= 1 + 1e-15).all()
+    assert (gates.diff() >= -1e-14).all()
+
+
+@PROPERTY
+@given(st.floats(0.01, 100), taus, exponents, floors)
+def test_a_greater_tau_closes_more(value: float, tau: float, exponent: float, floor: float) -> None:
+    assert of([value], 1.5 * tau, exponent, floor) <= of([value], tau, exponent, floor) + 1e-14
+
+
+@pytest.mark.parametrize("tau", [0.2, 1.0, 30.0])
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_follows_the_formula(tau: float, exponent: float, floor: float) -> None:
+    values = torch.logspace(-4, 4, 17, dtype=torch.float64)
+    expected = floor + (1 - floor) * values**exponent / (values**exponent + tau**exponent)
+    torch.testing.assert_close(of(values.tolist(), tau, exponent, floor), expected, rtol=1e-9, atol=0)
+
+
+def test_ends_are_exact() -> None:
+    assert of([0.0, -1e-12, 1e300], tau=2, exponent=3, floor=0.25).tolist() == [0.25, 0.25, 1.0]
+
+
+def test_a_high_exponent_approaches_a_threshold_at_tau() -> None:
+    assert of([2.0, 3.0, 4.5], tau=3, exponent=16).tolist() == pytest.approx([0, 0.5, 1], abs=2e-3)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0, 5.0])
+def test_agrees_with_the_bounded_pencil(tau: float) -> None:
+    """C_t v = μ (C_t + τ C_p) v has μ = λ / (λ + τ), the gate."""
+    x = torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.3
+    x *= torch.logspace(-1, 1, 6, dtype=torch.float64)
+    penalty, utility = x.mT @ x
+    pencil = solve(penalty, utility, shrinkage=0.01, name="x")
+    C_p, C_t = normalise(penalty, 0.01), normalise(utility)
+    bounded = scipy.linalg.eigh(C_t.numpy(), (C_t + tau * C_p).numpy(), eigvals_only=True)
+    gates = soft_gate(pencil.eigenvalues, tau=tau, exponent=1, floor=0)
+    torch.testing.assert_close(gates, torch.from_numpy(bounded), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0])
+def test_equal_moments_without_a_ridge_give_one_constant_gate(tau: float) -> None:
+    both = energies(1e-4, 0.3, 2, 90)
+    pencil = solve(both, 1e5 * both, shrinkage=0.0, name="x")
+    gates = soft_gate(pencil.eigenvalues, tau=tau, exponent=1, floor=0)
+    torch.testing.assert_close(gates, torch.full_like(gates, 1 / (1 + tau)), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("shrinkage", [0.001, 0.05])
+def test_direction_of_one_side_alone(shrinkage: float) -> None:
+    """Energy e ≫ a on the task alone opens the gate to e / (e + a); on the proxy alone leaves it at the floor."""
+    penalty, utility = energies(0, 7, 2, 3), energies(50, 0, 10, 40)
+    pencil = solve(penalty, utility, shrinkage=shrinkage, name="x")
+    gates = soft_gate(pencil.eigenvalues, tau=1, exponent=1, floor=0.125)
+    e = 4 * 50 / 100
+    assert float(gates[-1]) == pytest.approx(0.125 + 0.875 * e / (e + shrinkage))
+    assert float(gates[0]) == pytest.approx(0.125)

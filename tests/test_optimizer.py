@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from folora.optimizer import GatedAdam
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+WIDTH = 5
+STEPS = 6
+SHAPES = ((2, WIDTH), (3, WIDTH))
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient(step: int, number: int, shape: tuple[int, ...]) -> Tensor:
+    """Signed, and scaled from 1e-3 to 1e3 over the columns and anew at every step."""
+    return (noise(100 * step + number, *shape) - 0.2) * torch.logspace(-3, 3, shape[-1]) * (1 + step % 3)
+
+
+def fresh(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(noise(number, *shape).to(dtype)) for number, shape in enumerate(SHAPES)]
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], steps: range = range(STEPS), scale: Any = 1.0
+) -> None:
+    for step in steps:
+        for number, parameter in enumerate(parameters):
+            parameter.grad = (scale * gradient(step, number, tuple(parameter.shape))).to(parameter.dtype)
+        optimizer.step()
+
+
+def train(make: Make, scale: Any = 1.0) -> list[Tensor]:
+    """Parameters after all steps; ``scale`` multiplies the gradients."""
+    parameters = fresh()
+    descend(make(parameters), parameters, scale=scale)
+    return [parameter.detach() for parameter in parameters]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float = 2e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def gated(**group: Any) -> Make:
+    return lambda parameters: GatedAdam([{"params": parameters} | group], lr=0.03)
+
+
+def adamw(**options: Any) -> Make:
+    return lambda parameters: torch.optim.AdamW(parameters, **{"lr": 0.03, "weight_decay": 0.0} | options)
+
+
+@pytest.fixture
+def basis() -> Tensor:
+    """Neither orthogonal nor normalised, condition above 100."""
+    return noise(50, WIDTH, WIDTH) * torch.logspace(-1, 1, WIDTH)
+
+
+@pytest.fixture
+def gate() -> Tensor:
+    return torch.tensor([0.0, 0.03, 0.4, 0.8, 1.0])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "group", [{}, {"gate": torch.ones(WIDTH)}, {"basis": torch.eye(WIDTH), "gate": torch.ones(WIDTH)}]
+)
+def test_without_basis_and_gate_it_is_adamw(decay: float, group: dict[str, Any]) -> None:
+    options = {"weight_decay": decay, "betas": (0.8, 0.95), "eps": 1e-3}
+    assert_same(train(gated(**options, **group)), train(adamw(**options)))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+@pytest.mark.parametrize("share", [0.05, 0.6])
+@pytest.mark.parametrize("scalar", [True, False])
+def test_constant_gate_is_a_smaller_rate_and_a_greater_decay(decay: float, share: float, scalar: bool) -> None:
+    gate = torch.tensor(share) if scalar else torch.full((WIDTH,), share)
+    expected = train(adamw(lr=0.03 * share, weight_decay=decay / share))
+    assert_same(train(gated(gate=gate, basis=torch.eye(WIDTH), weight_decay=decay)), expected)
+    assert_same(train(gated(gate=gate, weight_decay=decay)), expected)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_follows_the_formula_in_float64(basis: Tensor, gate: Tensor, decay: float) -> None:
+    lr, beta1, beta2, eps = 0.02, 0.85, 0.97, 1e-4
+    found = train(gated(basis=basis, gate=gate, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=decay))
+    V, g = basis.double(), gate.double()
+    for number, shape in enumerate(SHAPES):
+        A = noise(number, *shape).double()
+        m, v = torch.zeros_like(A), torch.zeros_like(A)
+        for step in range(STEPS):
+            G = gradient(step, number, shape).double() @ V
+            m = beta1 * m + (1 - beta1) * G
+            v = beta2 * v + (1 - beta2) * G**2
+            U = m / (1 - beta1 ** (step + 1)) / ((v / (1 - beta2 ** (step + 1))).sqrt() + eps)
+            A = A * (1 - lr * decay) - lr * (U * g) @ V.T
+        assert_same([found[number].double()], [A], 1e-5)
+
+
+def test_gating_the_gradient_instead_would_do_nothing(gate: Tensor) -> None:
+    gate = gate.clamp_min(0.01)
+    plain, found = train(adamw(eps=1e-16)), train(gated(gate=gate, eps=1e-16))
+    assert_same(train(adamw(eps=1e-16), scale=gate), plain, 1e-5)
+    for start, end, gated_end in zip(fresh(), plain, found, strict=True):
+        assert_same([gated_end - start.detach()], [(end - start.detach()) * gate], 1e-5)
+
+
+def test_closed_directions_do_not_move(basis: Tensor, gate: Tensor) -> None:
+    dual = torch.linalg.inv(basis.double()).T
+    closed = gate == 0
+    for start, one, other in zip(fresh(), train(gated(basis=basis)), train(gated(basis=basis, gate=gate)), strict=True):
+        free, held = ((after - start.detach()).double() @ dual for after in (one, other))
+        assert held[:, closed].abs().max() < 1e-3 * free[:, closed].abs().min()
+
+
+def test_scale_of_the_basis_acts_as_a_learning_rate(basis: Tensor, gate: Tensor) -> None:
+    one, other = gated(basis=basis, gate=gate, eps=1e-16), gated(basis=4 * basis, gate=gate, lr=0.03 / 4, eps=1e-16)
+    assert_same(train(one), train(other), 1e-5)
+
+
+def test_weight_decay_is_not_gated(basis: Tensor) -> None:
+    found = train(gated(basis=basis, gate=torch.zeros(WIDTH), lr=0.1, weight_decay=0.5))
+    assert_same(found, [0.95**STEPS * start.detach() for start in fresh()])
+
+
+def test_one_shared_group_equals_separate_groups(basis: Tensor, gate: Tensor) -> None:
+    def separate(parameters: list[nn.Parameter]) -> GatedAdam:
+        return GatedAdam([{"params": [p], "basis": basis, "gate": gate} for p in parameters], lr=0.03)
+
+    assert_same(train(gated(basis=basis, gate=gate)), train(separate))
+
+
+def test_groups_keep_their_own_basis_gate_and_rate(basis: Tensor, gate: Tensor) -> None:
+    def mixed(parameters: list[nn.Parameter]) -> GatedAdam:
+        spectral = {"params": parameters[:1], "basis": basis, "gate": gate, "lr": 0.01}
+        return GatedAdam([spectral, {"params": parameters[1:]}], lr=0.03)
+
+    assert_same(train(mixed), [train(gated(basis=basis, gate=gate, lr=0.01))[0], train(adamw())[1]])
+
+
+def test_obeys_a_changing_learning_rate() -> None:
+    ends = []
+    for make in (gated(weight_decay=0.1), adamw(weight_decay=0.1)):
+        parameters = fresh()
+        optimizer = make(parameters)
+        for step, rate in enumerate((0.1, 0.02, 0.0)):
+            optimizer.param_groups[0]["lr"] = rate
+            descend(optimizer, parameters, range(step, step + 1))
+        ends.append([parameter.detach() for parameter in parameters])
+    assert_same(*ends)
+
+
+def test_resumed_equals_uninterrupted(basis: Tensor, gate: Tensor) -> None:
+    make = gated(basis=basis, gate=gate, weight_decay=0.1)
+    parameters = fresh()
+    first, second = make(parameters), make(parameters)
+    descend(first, parameters, range(3))
+    second.load_state_dict(first.state_dict())
+    descend(second, parameters, range(3, STEPS))
+    assert [p.detach().tolist() for p in parameters] == [p.tolist() for p in train(make)]
+    assert not {"basis", "gate"} & set(first.state_dict()["param_groups"][0])
+
+
+def test_parameters_without_a_gradient_stay(basis: Tensor) -> None:
+    idle, busy = fresh()
+    optimizer = GatedAdam([{"params": [idle, busy], "basis": basis}], lr=0.1, weight_decay=0.5)
+    busy.grad = gradient(0, 1, SHAPES[1])
+    optimizer.step()
+    assert [torch.equal(*pair) for pair in zip((idle, busy), fresh(), strict=True)] == [True, False]
+    assert idle not in optimizer.state
+
+
+def test_closure_runs_with_gradients_and_returns_the_loss() -> None:
+    parameter = nn.Parameter(torch.tensor([[3.0, -2.0]]))
+    optimizer = GatedAdam([parameter], lr=0.5)
+
+    def closure() -> Tensor:
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 13
+    torch.testing.assert_close(parameter.detach(), torch.tensor([[2.5, -1.5]]))
+
+
+def test_moments_of_bfloat16_parameters_are_float32(basis: Tensor, gate: Tensor) -> None:
+    parameters = fresh(torch.bfloat16)
+    optimizer = GatedAdam([{"params": parameters, "basis": basis, "gate": gate}], lr=0.03)
+    descend(optimizer, parameters)
+    assert {optimizer.state[p][key].dtype for p in parameters for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import ROOT
+
+from folora.errors import FoLoRAError
+from folora.methods import kinds
+from folora.params import Params, PretrainedFoundation, Section, load_params
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Refused, SaveParams
+    from pydantic import BaseModel
+
+LORA_RUN = "runs.lora-3e-3-s0"
+REMOVED = object()
+
+
+def changed(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of ``values`` with one entry set, or removed."""
+    values = copy.deepcopy(values)
+    table = values
+    *parents, last = path.split(".")
+    for key in parents:
+        table = table[key]
+    if value is REMOVED:
+        del table[last]
+    else:
+        table[last] = value
+    return values
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *sorted((ROOT / "workflow" / "presets").glob("*.yaml"))])
+def test_shipped_files_are_valid(path: Path) -> None:
+    params = load_params(path)
+    assert sorted(name for method in params.methods for name in params.runs_of(method)) == sorted(params.runs)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("spectrum.shrinkage", 1, "less than 1 (got 1)"),
+        ("spectrum.shrinkage", 0, "greater than 0 (got 0)"),
+        ("spectrum.shrinkage", REMOVED, "Field required"),
+        ("spectrum.shrinkage", float("nan"), "finite number"),
+        ("spectrum.shrinkag", 0.1, "not permitted"),
+        ("spectrums", {}, "not permitted"),
+        ("foundation.width", 4, "greater than or equal to 8 (got 4)"),
+        ("foundation.stepss", 4, "not permitted"),
+        ("proxy.temperature", 0, "greater than 0 (got 0)"),
+        ("proxy.temperature", 10.5, "less than or equal to 10 (got 10.5)"),
+        ("proxy.max_length", 1, "greater than or equal to 2 (got 1)"),
+        ("proxy.shards", [], "at least 1 item"),
+        ("proxy.shards", [0, 1, 0], "listed twice"),
+        ("covariance.proxy_positions", "response", "'all' or 'without_first' (got 'response')"),
+        ("tasks.subtraction.max_length", 3, "greater than or equal to 4 (got 3)"),
+        ("train.steps", 1.5, "valid integer"),
+        (f"{LORA_RUN}.learning_rate", "fast", "valid number"),
+        (f"{LORA_RUN}.learning_rate", 2, "less than or equal to 1 (got 2)"),
+        (f"{LORA_RUN}.seed", -1, "greater than or equal to 0 (got -1)"),
+        (f"{LORA_RUN}.method", "sgd", "'sgd' is not one of methods: "),
+        (f"{LORA_RUN}.task", "poetry", "'poetry' is not one of tasks: subtraction"),
+        ("methods.lora.replay", -1, "greater than or equal to 0 (got -1)"),
+        ("methods.lora.tau", 1.0, "not permitted"),
+        ("methods.lora.kind", "sgd", "'sgd' is not one of folora, lora, uniform, uniform-canonical"),
+        ("methods.folora-replay.floor", 1, "less than 1 (got 1)"),
+        ("methods.unused", {"kind": "lora", "weight_decay": 0, "replay": 0}, "no entry of runs uses it"),
+        ("report.reference", "sgd", "'sgd' is not one of methods"),
+        ("threads.train", 0, "greater than or equal to 1 (got 0)"),
+        ("evaluation.kept", [], "at least 1 item"),
+    ],
+)
+def test_bad_value_is_one_line_with_key_and_range(
+    path: str, value: Any, expected: str, tiny_values: dict[str, Any], save_params: SaveParams, refused: Refused
+) -> None:
+    file = save_params(changed(tiny_values, path, value))
+    line = refused("report", "--evaluations", "none", "--params", file)
+    assert line.startswith(f"{file}: ")
+    assert f"{path}: " in line
+    assert expected in line
+
+
+def test_heads_must_divide_the_width(tiny_values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="width 32 must be a multiple of twice the heads"):
+        Params.model_validate(changed(tiny_values, "foundation.heads", 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("a: [1", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"), ("", "a table"), ("- 1", "a table")],
+)
+def test_what_is_no_table_is_one_line(content: str, expected: str, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "p.yaml").write_text(content)
+    line = refused("report", "--evaluations", "none", "--params", tmp_path / "p.yaml")
+    assert line.startswith(f"{tmp_path / 'p.yaml'}: ")
+    assert expected in line
+
+
+def test_missing_file_says_where_to_run(refused: Refused) -> None:
+    assert refused("report", "--evaluations", "none").startswith("params.yaml: not found: run in the folder")
+
+
+def test_numbers_are_read_as_yaml_1_2(tmp_path: Path) -> None:
+    text = (ROOT / "workflow" / "presets" / "tiny.yaml").read_text()
+    (tmp_path / "p.yaml").write_text(text.replace("shrinkage: 0.01", "shrinkage: 1e-3"))
+    assert load_params(tmp_path / "p.yaml").spectrum.shrinkage == 1e-3
+
+
+def test_pretrained_foundation(tiny_values: dict[str, Any]) -> None:
+    section = {"source": "pretrained", "model": "somewhere", "revision": None}
+    foundation = Params.model_validate(changed(tiny_values, "foundation", section)).foundation
+    assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None)
+
+
+def test_params_cannot_be_changed(tiny_params: Params) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        tiny_params.train.steps = 3  # type: ignore[misc]
+
+
+def test_the_file_says_everything() -> None:
+    sections: list[type[BaseModel]] = [*Section.__subclasses__(), *kinds().values()]
+    defaults = [f"{s.__name__}.{f}" for s in sections for f, info in s.model_fields.items() if not info.is_required()]
+    assert not defaults
+    assert all(section.model_config["extra"] == "forbid" for section in sections)
+
+
+def test_runs_of_a_method(tiny_params: Params) -> None:
+    assert list(tiny_params.runs_of("lora")) == ["lora-3e-3-s0"]
+    with pytest.raises(FoLoRAError, match="not found"):
+        load_params(ROOT / "nowhere.yaml")

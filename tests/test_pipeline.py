@@ -1,0 +1,134 @@
+"""The tiny pipeline from params.yaml to the report, under both runners."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+LORA, FOLORA = "train@lora-3e-3-s0", "train@folora-replay-1e-2-s0"
+
+
+def run(workspace: Path, *command: str) -> str:
+    """Run a command in a workspace; its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    result = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def make_workspace(folder: Path) -> Path:
+    """A repository as a user has it after a clone, with the tiny preset as params.yaml."""
+    for name in ("src", "workflow", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("dvc.yaml", "Snakefile", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copy(ROOT / "workflow" / "presets" / "tiny.yaml", folder / "params.yaml")
+    run(folder, "git", "init", "--quiet")
+    run(folder, "dvc", "init", "--quiet")
+    run(folder, "git", "add", ".")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "start")
+    return folder
+
+
+def stale(workspace: Path) -> set[str]:
+    return set(json.loads(run(workspace, "dvc", "status", "--json")))
+
+
+def change(workspace: Path, key: str, value: float) -> None:
+    """Set a dotted key of params.yaml."""
+    yaml = YAML()
+    content = yaml.load(workspace / "params.yaml")
+    *parents, last = key.split(".")
+    table = content
+    for parent in parents:
+        table = table[parent]
+    table[last] = value
+    yaml.dump(content, workspace / "params.yaml")
+
+
+@pytest.fixture(scope="module")
+def by_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = make_workspace(tmp_path_factory.mktemp("dvc"))
+    run(workspace, "dvc", "repro")
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def by_snakemake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workspace = make_workspace(tmp_path_factory.mktemp("snakemake"))
+    run(workspace, "snakemake", "--cores", "8")
+    return workspace
+
+
+def test_both_runners_write_the_same_bytes(by_dvc: Path, by_snakemake: Path) -> None:
+    files = sorted(path.relative_to(by_dvc) for path in (by_dvc / "artifacts").rglob("*") if path.is_file())
+    assert any(path.name == "adapter_model.safetensors" for path in files)
+    for path in files:
+        assert (by_dvc / path).read_bytes() == (by_snakemake / path).read_bytes(), path
+    assert (by_dvc / "dvc.lock").read_text() == (by_snakemake / "dvc.lock").read_text()
+
+
+def test_after_either_runner_the_other_has_nothing_to_do(by_dvc: Path, by_snakemake: Path) -> None:
+    for workspace in (by_dvc, by_snakemake):
+        assert stale(workspace) == set()
+        assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "8")
+
+
+def test_report_metrics_and_tracking(by_dvc: Path) -> None:
+    metrics = json.loads((by_dvc / "results/report/metrics.json").read_text())
+    assert metrics["arms"].keys() == {"lora", "folora-replay"}
+    assert {"lr", "target", "kept", "kl", "perplexity"} <= metrics["arms"]["lora"].keys()
+    shown = json.loads(run(by_dvc, "dvc", "metrics", "show", "--json"))
+    assert shown[""]["data"]["results/report/metrics.json"]["data"] == metrics
+    assert "frontier.csv" in run(by_dvc, "dvc", "plots", "show", "--json")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{by_dvc}/mlflow.db")
+    experiment = client.get_experiment_by_name("folora")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.tags["run"] for run in runs} == {"lora-3e-3-s0", "folora-replay-1e-2-s0"}
+    assert len(runs) == 2
+    assert all({"target", "kept", "kl", "train/loss"} <= run.data.metrics.keys() for run in runs)
+
+
+def test_a_changed_parameter_reruns_only_what_depends_on_it(by_dvc: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "copy"
+    shutil.copytree(by_dvc, workspace)
+    change(workspace, "methods.lora.weight_decay", 0.1)
+    assert stale(workspace) == {LORA, "report"}
+    run(workspace, "snakemake", "--cores", "2", "train_lora_3e_3_s0")
+    assert stale(workspace) == {"evaluate@lora", "report"}
+    done = run(workspace, "dvc", "repro")
+    assert "Running stage 'evaluate@lora'" in done
+    assert "Running stage 'evaluate@folora-replay'" not in done
+    assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "2")
+
+
+def test_a_killed_run_is_finished_by_the_other_runner(by_dvc: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "copy"
+    shutil.copytree(by_dvc, workspace)
+    change(workspace, "train.log_every", 2)  # another history, the same adapters
+    process = subprocess.Popen(["snakemake", "--cores", "2"], cwd=workspace, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((workspace / "artifacts/runs").rglob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert {LORA, FOLORA} & stale(workspace)
+    run(workspace, "dvc", "repro")
+    assert stale(workspace) == set()
+    assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "2")
+    weights = "artifacts/runs/lora/lora-3e-3-s0/adapter/adapter_model.safetensors"
+    assert (workspace / weights).read_bytes() == (by_dvc / weights).read_bytes()

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from folora.errors import FoLoRAError
+from folora.storage import (
+    canonical_json,
+    digest_of,
+    publish,
+    read_json,
+    read_table,
+    read_tensors,
+    write_json,
+    write_table,
+    write_tensors,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MANIFEST = {"artefact": "test", "model": "m", "nested": {"b": [1, 2], "a": None}, "text": "λ"}
+TENSORS = {"b": torch.arange(6.0).reshape(2, 3).mT, "a": torch.zeros(2, dtype=torch.float64)}
+TABLE = pa.table({"ids": pa.array([[1, 2], [3]], pa.list_(pa.int32()))})
+BIG = {"x": torch.zeros(64 * 1024)}
+BIG_TABLE = pa.table({"x": torch.randn(64 * 1024).numpy()})
+
+
+def write_some_tensors(path: Path) -> None:
+    write_tensors(path, TENSORS, MANIFEST)
+
+
+def write_some_rows(path: Path) -> None:
+    write_table(path, TABLE, MANIFEST)
+
+
+both_kinds = pytest.mark.parametrize(
+    ("write", "read"), [(write_some_tensors, read_tensors), (write_some_rows, read_table)], ids=["tensors", "table"]
+)
+
+
+@both_kinds
+def test_what_is_written_is_read(write: Callable, read: Callable, tmp_path: Path) -> None:
+    write(tmp_path / "new" / "file")
+    content, manifest = read(tmp_path / "new" / "file", artefact="test", nested={"a": None, "b": [1, 2]})
+    assert manifest == {"format": 1, **MANIFEST}
+    if read is read_table:
+        assert content.column("ids").to_pylist() == [[1, 2], [3]]
+    else:
+        assert content.keys() == TENSORS.keys()
+        assert all(torch.equal(content[name], TENSORS[name]) for name in TENSORS)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+@both_kinds
+def test_equal_content_gives_equal_bytes(write: Callable, read: Callable, tmp_path: Path) -> None:
+    del read
+    write(tmp_path / "one")
+    write(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@both_kinds
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_file_is_named(write: Callable, read: Callable, kept: float, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write(path)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(FoLoRAError, match=r"file: damaged or truncated .* run its stage again"):
+        read(path)
+
+
+@both_kinds
+def test_another_manifest_names_the_field(write: Callable, read: Callable, tmp_path: Path) -> None:
+    write(tmp_path / "file")
+    with pytest.raises(FoLoRAError, match="file: made with model m, but n is expected"):
+        read(tmp_path / "file", model="n")
+    with pytest.raises(FoLoRAError, match="made with tokenizer None, but t is expected"):
+        read(tmp_path / "file", tokenizer="t")
+
+
+@both_kinds
+def test_missing_file_says_how_to_make_it(write: Callable, read: Callable, tmp_path: Path) -> None:
+    del write
+    with pytest.raises(FoLoRAError, match=r"file: not found: run the stage"):
+        read(tmp_path / "file")
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    pq.write_table(TABLE, tmp_path / "bare.parquet")
+    with pytest.raises(FoLoRAError, match="no FoLoRA manifest"):
+        read_tensors(tmp_path / "bare.safetensors")
+    with pytest.raises(FoLoRAError, match="no FoLoRA manifest"):
+        read_table(tmp_path / "bare.parquet")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_named(value: float, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "file", {"good": torch.ones(3), "bad": torch.tensor([1.0, value])}, MANIFEST)
+    with pytest.raises(FoLoRAError, match="file: bad holds NaN or infinite"):
+        read_tensors(tmp_path / "file")
+
+
+@pytest.mark.parametrize("error", [FoLoRAError("mine"), ValueError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize("folder", [True, False])
+def test_failure_keeps_what_was_there(error: BaseException, folder: bool, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("before")
+
+    def interrupted() -> None:
+        with publish(target) as partial:
+            if folder:
+                partial.mkdir()
+            (partial / "half" if folder else partial).write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        interrupted()
+    assert target.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with publish(tmp_path / "target") as partial:
+            partial.mkdir()
+            (partial / name).touch()
+            assert not (tmp_path / "target" / name).exists()
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("write", [lambda p: write_tensors(p, BIG, {}), lambda p: write_table(p, BIG_TABLE, {})])
+def test_full_disk_leaves_nothing(write: Callable, small_disk: Path) -> None:
+    with pytest.raises(FoLoRAError, match=r"x: cannot be written .*No space left.*: free space"):
+        write(small_disk / "x")
+    assert not list(small_disk.iterdir())
+    write_some_tensors(small_disk / "fits")
+    with pytest.raises(FoLoRAError, match="fits: cannot be written"):
+        write(small_disk / "fits")
+    assert read_tensors(small_disk / "fits")[1]["model"] == "m"
+
+
+@both_kinds
+def test_read_only_folder_is_named(write: Callable, read: Callable, read_only_disk: Path) -> None:
+    del read
+    with pytest.raises(FoLoRAError, match=r"file: cannot be written .*Read-only.*: free space or make the folder wr"):
+        write(read_only_disk / "new" / "file")
+
+
+def test_digest_follows_content_not_order(tmp_path: Path) -> None:
+    assert canonical_json({"b": 1, "a": "λ"}) == '{"a":"λ","b":1}'
+    assert digest_of({"b": 1, "a": 2}) == digest_of({"a": 2, "b": 1}) != digest_of({"a": 1, "b": 2})
+    write_json(tmp_path / "x.json", {"b": 1, "a": "λ"})
+    assert read_json(tmp_path / "x.json") == {"a": "λ", "b": 1}
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_damaged_json_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(FoLoRAError, match=r"x\.json: not valid JSON"):
+        read_json(tmp_path / "x.json")

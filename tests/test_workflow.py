@@ -1,0 +1,91 @@
+"""One graph, two runners: the stages of dvc.yaml and the rules of the Snakefile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from folora.dag import Stage, below, resolve_stages
+from folora.params import load_params
+
+ROOT = Path(__file__).parent.parent
+PRESETS = sorted((ROOT / "workflow" / "presets").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def stages() -> dict[str, Stage]:
+    return resolve_stages(ROOT)
+
+
+def edges(stages: dict[str, Stage]) -> set[tuple[str, str]]:
+    maker = {output: stage.rule for stage in stages.values() for output in stage.outputs}
+    return {(maker[path], stage.rule) for stage in stages.values() for path in stage.inputs}
+
+
+def snakemake(*arguments: str, cwd: Path = ROOT) -> str:
+    command = [sys.executable, "-m", "snakemake", *arguments]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def test_both_runners_have_the_same_stages_and_edges(stages: dict[str, Stage]) -> None:
+    dot = snakemake("--dag", "dot", "--forceall", "--cores", "1")
+    rules = dict(re.findall(r'(\d+)\[label = "([^"\\]+)', dot))
+    found = {(rules[a], rules[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot)}
+    assert set(rules.values()) - {"all"} == {stage.rule for stage in stages.values()}
+    assert {edge for edge in found if edge[1] != "all"} == edges(stages)
+
+
+def test_a_stage_has_the_threads_of_its_command(stages: dict[str, Stage]) -> None:
+    for stage in stages.values():
+        said = re.search(r"--threads (\d+)", stage.command)
+        assert stage.threads == (int(said.group(1)) if said else 1), stage.name
+
+
+def test_rule_names_are_distinct_identifiers(stages: dict[str, Stage]) -> None:
+    rules = [stage.rule for stage in stages.values()]
+    assert len(set(rules)) == len(rules)
+    assert all(rule.isidentifier() for rule in rules)
+
+
+def test_every_source_file_is_a_dependency_of_a_stage() -> None:
+    """An edit to a stage's code makes that stage stale; what only starts, stores, tracks or wires is left out."""
+    listed = set(re.findall(r"src/folora/\S+", (ROOT / "dvc.yaml").read_text()))
+    wiring = {"__init__", "base", "cli", "dag", "errors", "params", "storage", "tracking"}
+    modules = {f"src/folora/{path.name}" for path in (ROOT / "src/folora").glob("*.py") if path.stem not in wiring}
+    assert modules <= listed
+    assert all((ROOT / path).exists() for path in listed)
+
+
+def test_a_stage_depends_on_its_own_method_only(stages: dict[str, Stage]) -> None:
+    document = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
+    assert "methods" not in document["stages"]["train"]["do"]["params"]
+    assert "methods.${item.method}" in document["stages"]["train"]["do"]["params"]
+    assert stages  # the document resolves
+
+
+def test_below_follows_the_edges(stages: dict[str, Stage]) -> None:
+    assert below(stages, {"report"}) == {"report"}
+    assert below(stages, {"foundation"}) == set(stages)
+
+
+@pytest.mark.parametrize("preset", [ROOT / "params.yaml", *PRESETS], ids=lambda path: path.stem)
+def test_presets_are_valid(preset: Path) -> None:
+    assert load_params(preset).runs
+
+
+def test_snakemake_lint_is_clean() -> None:
+    assert "Congratulations" in snakemake("--lint")
+
+
+@pytest.mark.skipif(shutil.which("dvc") is None, reason="the dvc command is not on the PATH")
+def test_dvc_draws_the_graph() -> None:
+    result = subprocess.run(["dvc", "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "report" in result.stdout
