@@ -52,8 +52,9 @@ def test_follows_the_formula(tau: float, exponent: float, floor: float) -> None:
     torch.testing.assert_close(of(values.tolist(), tau, exponent, floor), expected, rtol=1e-9, atol=0)
 
 
-def test_ends_are_exact() -> None:
-    assert of([0.0, -1e-12, 1e300], tau=2, exponent=3, floor=0.25).tolist() == [0.25, 0.25, 1.0]
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 3.0])
+def test_ends_are_exact_and_negative_rounding_counts_as_zero(exponent: float) -> None:
+    assert of([0.0, -1e-9, 1e300], tau=2, exponent=exponent, floor=0.25).tolist() == [0.25, 0.25, 1.0]
 
 
 def test_a_high_exponent_approaches_a_threshold_at_tau() -> None:

@@ -24,7 +24,7 @@ class Arm:
         method: name in params.yaml.
         learning_rate: the chosen one.
         figures: means over seeds of ``FIGURES`` and of each kept task (``kept/NAME``), at the last checkpoint.
-        matched_kept: kept accuracy at the reference's target accuracy, mean over seeds; None where not reached.
+        matched_kept: kept accuracy at the reference's target accuracy, mean over its seeds; None where not reached.
         matched_kl: KL there.
     """
 
@@ -63,13 +63,9 @@ def compare(adaptation: str, base: Record, records: list[Record], reference: str
     targets = {record["seed"]: record["target"] for record in finals[reference]}
     arms = {}
     for method in methods:
-        matched = [
-            at_target(points(base, records, method, seed), target)
-            for seed, target in targets.items()
-            if any(r["method"] == method and r["seed"] == seed for r in records)
-        ]
+        matched = [at_target(points(base, records, method, seed), target) for seed, target in targets.items()]
         reached = [pair for pair in matched if pair is not None]
-        complete = bool(reached) and len(reached) == len(matched)
+        complete = len(reached) == len(targets)
         arms[method] = Arm(
             method=method,
             learning_rate=chosen[method],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from folora.errors import FoLoRAError
 from folora.layers import batches
 
 if TYPE_CHECKING:
@@ -37,9 +37,14 @@ class HeldOutText:
         rows: token ids, BOS first.
         batch_size: rows a forward pass.
         padding: the token that fills a row up.
+
+    Raises:
+        FoLoRAError: there is no token to predict.
     """
 
     def __init__(self, base: PreTrainedModel, rows: list[list[int]], batch_size: int, padding: int) -> None:
+        if not any(len(row) > 1 for row in rows):
+            raise FoLoRAError("the held-out proxy text has no token to predict: raise proxy.max_length")
         self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding)]
         self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
 
@@ -53,7 +58,7 @@ class HeldOutText:
             kl += float((base.exp() * (base - adapted)).sum(-1)[predicted].double().sum())
             loss -= float(adapted.gather(2, ids[:, 1:, None])[..., 0][predicted].double().sum())
             tokens += int(predicted.sum())
-        return Divergence(kl=kl / tokens, perplexity=math.exp(loss / tokens))
+        return Divergence(kl=kl / tokens, perplexity=float(torch.tensor(loss / tokens).exp()))
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ A method is a set of points, one a checkpoint of a run. The base model (no adapt
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 
@@ -37,24 +36,23 @@ def pareto(points: list[Point], cost: str) -> list[Point]:
 
 
 def at_target(points: list[Point], target: float) -> tuple[float, float] | None:
-    """Kept accuracy and KL of a method at a target accuracy, interpolated linearly on its two frontiers.
+    """Kept accuracy and KL of a method at a target accuracy.
 
-    KL grows faster than linearly with the target, so interpolation tends to overstate it between points.
+    Both are read off the hull of the points, the best straight lines between them: one more point never makes a
+    method look worse.
 
     Returns:
         (kept, KL), or None where no point reaches the target.
     """
     if not points or max(point.target for point in points) < target:
         return None
-    kept = _interpolate([(p.target, p.kept) for p in pareto(points, "kept")], target)
-    kl = _interpolate([(p.target, p.kl) for p in pareto(points, "kl")], target)
+    kept = _upper_hull([(p.target, p.kept) for p in pareto(points, "kept")], target)
+    kl = -_upper_hull([(p.target, -p.kl) for p in pareto(points, "kl")], target)
     return kept, kl
 
 
-def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
+def _upper_hull(curve: list[tuple[float, float]], x: float) -> float:
+    """The height of the upper hull of a falling curve at ``x``, which is at most the last abscissa."""
     if x <= curve[0][0]:
         return curve[0][1]
-    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return curve[-1][1]
+    return max(y1 + (y0 - y1) * (x1 - x) / (x1 - x0) for x0, y0 in curve if x0 < x for x1, y1 in curve if x1 >= x)

@@ -58,13 +58,20 @@ class GatedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        groups: list[dict[str, Any]] = [
-            dict(group) if isinstance(group, dict) else {"params": [group]} for group in params
-        ]
-        self.spectral: list[tuple[Tensor | None, Tensor | None]] = [
-            (group.pop("basis", None), group.pop("gate", None)) for group in groups
-        ]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.spectral: list[tuple[Tensor | None, Tensor | None]] = []
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, keeping its basis and gate apart from what ``state_dict`` holds."""
+        self.spectral.append((param_group.pop("basis", None), param_group.pop("gate", None)))
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the moments in float32, also those of parameters of another type."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state.update({key: state[key].float() for key in ("exp_avg", "exp_avg_sq")})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -108,7 +108,7 @@ class Covariance(Section):
 class SpectrumSection(Section):
     """The generalised eigenproblem."""
 
-    shrinkage: Annotated[float, Field(gt=0, lt=1, description="share a of the identity: (1 - a) C + a I")]
+    shrinkage: Annotated[float, Field(gt=0, le=0.5, description="share a of the identity: (1 - a) C + a I")]
 
 
 class Adapter(Section):

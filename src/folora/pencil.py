@@ -98,7 +98,7 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
         "shrinkage": ridge,
         "residual": float(residual),
         "orthonormality": float(orthonormality),
-        "condition": float((1 - ridge) * penalty_spectrum[-1] / ridge + 1),
+        "condition": float(((1 - ridge) * penalty_spectrum[-1] + ridge) / ((1 - ridge) * penalty_spectrum[0] + ridge)),
         "top_share": float(penalty_spectrum[-1] / d),
         "penalty_rank": effective_rank(penalty_spectrum),
         "utility_rank": effective_rank(torch.linalg.eigvalsh(C_t).clamp_min(0)),

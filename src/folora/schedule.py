@@ -18,5 +18,7 @@ def batch_rows(*, seed: int, steps: int, task_rows: int, batch_size: int, proxy_
 
 def _epochs(seed: int, source: int, rows: int, count: int) -> np.ndarray:
     """The first ``count`` row numbers of endless shuffled epochs."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
     epochs = [np.random.default_rng([seed, source, epoch]).permutation(rows) for epoch in range(-(-count // rows))]
-    return np.concatenate(epochs)[:count] if epochs else np.empty(0, dtype=np.int64)
+    return np.concatenate(epochs)[:count]

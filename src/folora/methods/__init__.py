@@ -18,7 +18,11 @@ def kinds() -> dict[str, type[Method]]:
     """Every method class of this package, by kind."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {cls.kind_name(): cls for cls in sorted(_subclasses(Method), key=lambda cls: cls.__name__) if cls.has_kind()}
+    found: dict[str, type[Method]] = {}
+    for cls in sorted(_subclasses(Method), key=lambda cls: cls.__name__):
+        if cls.has_kind() and found.setdefault(cls.kind_name(), cls) is not cls:
+            raise TypeError(f"two methods have the kind {cls.kind_name()!r}: {found[cls.kind_name()]} and {cls}")
+    return found
 
 
 def _subclasses(cls: type[Method]) -> set[type[Method]]:

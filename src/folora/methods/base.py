@@ -71,7 +71,7 @@ class Method(BaseModel):
     @classmethod
     def has_kind(cls) -> bool:
         """Whether this class is a method of its own, not a base of others."""
-        return "kind" in cls.model_fields
+        return "kind" in cls.__annotations__
 
     @classmethod
     def kind_name(cls) -> str:
