@@ -202,6 +202,8 @@ def main() -> None:
     """Run the command line; a mistake of the user is one line on standard error and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files
     try:
         app()
     except FoLoRAError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from folora.errors import FoLoRAError
 from folora.layers import Groups, adapted_layers, batches, input_groups
@@ -46,7 +47,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([token_ids[0]]))
     with torch.inference_mode(), collect({leader: layers[leader] for leader in groups}) as collector:
-        for input_ids, mask, numbers in batches(token_ids, settings.batch_size, padding):
+        for input_ids, mask, numbers in tqdm(batches(token_ids, settings.batch_size, padding), desc="covariance"):
             collector.select(mask & _counted(positions, mask, loss_masks, numbers))
             model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
     if not collector.moments.tokens:

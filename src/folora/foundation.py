@@ -84,7 +84,7 @@ def pretrain(
 ) -> LlamaForCausalLM:
     """Train a Llama from scratch on the pretraining mixture of the world."""
     import torch
-    from rich.progress import track
+    from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(settings.seed)
@@ -107,7 +107,7 @@ def pretrain(
     optimizers = _optimizers(model, settings)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _schedule(settings.steps)) for o in optimizers]
     batches = _pretraining_batches(settings, skills, tokenizer)
-    for _ in track(range(settings.steps), description="pretraining", total=settings.steps):
+    for _ in tqdm(range(settings.steps), desc="pretraining"):
         input_ids = next(batches)
         labels = input_ids.masked_fill(input_ids == tokenizer.pad_token_id, -100)
         # padding lies on the right, where causal attention never looks back from a real token: no mask is needed

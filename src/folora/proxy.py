@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from folora.errors import FoLoRAError
 from folora.storage import write_table
@@ -53,7 +54,7 @@ def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> Non
     count = settings.heldout_sequences if shard == HELDOUT else settings.sequences
     seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
     samples: list[Sample] = []
-    for start in range(0, count, settings.batch_size):
+    for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
         uniforms = uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1)
         samples += sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, settings.temperature)
     if not any(one.logprobs for one in samples):
