@@ -10,11 +10,9 @@ from conftest import ROOT
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from folora.cli import app, main
-from folora.storage import read_json
+from folora.cli import app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from conftest import Pipeline, Refused, SaveParams
@@ -167,21 +165,6 @@ def test_full_disk_is_one_line(
     assert not list(small_disk.iterdir())
 
 
-@pytest.fixture
-def succeed(monkeypatch: pytest.MonkeyPatch, in_tmp: Path) -> Iterator[Callable[..., None]]:
-    """Run a command line that must succeed."""
-
-    def run(*arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["folora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert not stopped.value.code
-        assert not list(in_tmp.rglob(".*.partial"))
-
-    yield run
-    torch.use_deterministic_algorithms(mode=False)
-
-
 def test_threads_and_determinism_are_set(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
     params = save_params(pipeline.values())
     for threads in (3, 1):
@@ -189,40 +172,3 @@ def test_threads_and_determinism_are_set(pipeline: Pipeline, save_params: SavePa
         refused("proxy", "0", "--foundation", "nowhere", "--threads", threads, "--params", params)
         assert torch.get_num_threads() == threads
         assert torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.slow
-def test_commands_make_what_the_functions_make(
-    pipeline: Pipeline, evaluations: Path, save_params: SaveParams, in_tmp: Path, succeed: Callable[..., None]
-) -> None:
-    params = ("--params", save_params(pipeline.values()))
-    base = (*params, "--foundation", pipeline.foundation)  # the adapter's configuration names its base
-    common = (*base, "--threads", 1)
-    succeed("foundation", "--world", "world", "--output", "foundation", *params, "--threads", 1)
-    succeed("task", "subtraction", "--output", "task/subtraction.parquet", *base)
-    for shard in (0, 1):
-        succeed("proxy", shard, "--output", f"proxy/{shard}.parquet", *common)
-        rows = ("--rows", f"proxy/{shard}.parquet")
-        succeed("covariance", *rows, "--output", f"covariance/proxy/{shard}.safetensors", *common)
-    succeed("proxy", "heldout", "--output", "heldout.parquet", *common)
-    task_moments = "covariance/task/subtraction.safetensors"
-    succeed("covariance", "--rows", "task/subtraction.parquet", "--output", task_moments, *common)
-    moments = ("--proxy-moments", "covariance/proxy", "--task-moments", task_moments)
-    succeed("spectrum", "subtraction", *moments, "--output", "spectrum/subtraction.safetensors", *common)
-    inputs = ("--task-rows", "task/subtraction.parquet", "--spectrum", "spectrum/subtraction.safetensors")
-    for name, run in pipeline.params.runs.items():
-        output = f"runs/{run.method}/{name}"
-        succeed("train", name, *inputs, "--proxy", "proxy", "--heldout", "heldout.parquet", "--output", output, *common)
-    measured = ("--tasks", "world", "--heldout", "heldout.parquet")
-    succeed("evaluate", "base", *measured, "--output", "evaluation/base", *common)
-    for method in pipeline.params.methods:
-        options = ("--runs", f"runs/{method}", "--output", f"evaluation/{method}")
-        succeed("evaluate", method, *measured, *options, *common)
-    succeed("report", "--evaluations", "evaluation", "--output", "report", *params)
-
-    for folder in {path.name for path in evaluations.parent.iterdir()} - {"mlflow.db", "mlflow.db.lock", "mlruns"}:
-        made = [path for path in (pipeline.folder / folder, *(pipeline.folder / folder).rglob("*")) if path.is_file()]
-        assert made
-        for path in made:
-            assert (in_tmp / path.relative_to(pipeline.folder)).read_bytes() == path.read_bytes(), path
-    assert read_json(in_tmp / "report" / "metrics.json")["arms"].keys() == {"lora", "folora-replay"}

@@ -43,7 +43,7 @@ def test_shipped_files_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        ("spectrum.shrinkage", 1, "less than 1 (got 1)"),
+        ("spectrum.shrinkage", 0.6, "less than or equal to 0.5 (got 0.6)"),
         ("spectrum.shrinkage", 0, "greater than 0 (got 0)"),
         ("spectrum.shrinkage", REMOVED, "Field required"),
         ("spectrum.shrinkage", float("nan"), "finite number"),

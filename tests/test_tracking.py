@@ -111,6 +111,24 @@ def test_an_impossible_store_does_not_fail_the_block(uri: str) -> None:
     assert reached
 
 
+def test_an_error_on_the_way_is_reported_once(
+    store: Tracking, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def break_down(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise ConnectionError("the line is dead\nand more")
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_batch", break_down)
+    with run_log(store, "name", "digest", {}) as log:
+        for step in range(3):
+            log.metrics({"x": 1.0}, step)
+    warnings = [record.getMessage() for record in caplog.records if record.name == "folora.tracking"]
+    assert warnings == ["MLflow: the line is dead; this run goes on without it"]
+    assert calls == [1]
+
+
 def test_evaluate_adds_to_the_run_of_train(pipeline: Pipeline, runs: Path, store: Tracking, tmp_path: Path) -> None:
     params = pipeline.params.model_copy(update={"tracking": store})
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
