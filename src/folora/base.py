@@ -33,6 +33,20 @@ class Base:
         """The manifest fields that every artefact made from this base carries."""
         return {"model": self.manifest["model"], "tokenizer": self.manifest["tokenizer"]}
 
+    @property
+    def context(self) -> int | None:
+        """Positions the model has, or None where its configuration does not say."""
+        return read_json(self.folder / "config.json").get("max_position_embeddings")
+
+    def check_length(self, length: int, key: str) -> None:
+        """Raise if rows of ``length`` tokens, asked for by the parameter ``key``, do not fit the model's context.
+
+        Raises:
+            FoLoRAError: they do not.
+        """
+        if self.context is not None and length > self.context:
+            raise FoLoRAError(f"{key}: {length} is more than the model's context of {self.context} tokens: lower it")
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer, which must have a BOS and an EOS token.
 

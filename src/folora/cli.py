@@ -35,11 +35,13 @@ DEFAULT_PARAMS = Path("params.yaml")
 T = TypeVar("T")
 
 
-def _params(path: Path, threads: int | None = None) -> Params:
-    """Load the parameters and, where the stage computes, fix what would change the last bits."""
+def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
+    """Load the parameters, see that the output can be written, and fix what would change the last bits."""
     from folora.params import load_params
+    from folora.storage import check_writable
 
     params = load_params(path)
+    check_writable(output)
     if threads is not None:
         import torch
 
@@ -56,7 +58,7 @@ def foundation(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Train the offline base model, or pin a model that exists."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     from folora.foundation import pin_foundation, train_foundation
     from folora.params import PretrainedFoundation
     from folora.world import write_world
@@ -76,7 +78,7 @@ def task(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Render and tokenise the training rows of a task."""
-    params = _params(params_file)
+    params = _prepare(params_file, output)
     from folora.base import open_base
     from folora.task import prepare_task
 
@@ -92,7 +94,7 @@ def proxy(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Sample text from the base model."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     from folora.base import open_base
     from folora.proxy import generate_proxy
 
@@ -108,7 +110,7 @@ def covariance(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Sum the second moments of the layer inputs over some text."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     from folora.base import open_base
     from folora.covariance import compute_covariance
 
@@ -126,7 +128,7 @@ def spectrum(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Solve the generalised eigenproblem of every layer input."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     from folora.base import open_base
     from folora.spectrum import compute_spectrum
 
@@ -147,7 +149,7 @@ def train(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Train the adapter of one run."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     _entry(params.runs, run, "runs")
     from folora.base import open_base
     from folora.train import TrainInputs, train_run
@@ -167,7 +169,7 @@ def evaluate(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Measure the base model, or every checkpoint of every run of a method."""
-    params = _params(params_file, threads)
+    params = _prepare(params_file, output, threads)
     from folora.base import open_base
     from folora.evaluate import evaluate_base, evaluate_method
 
@@ -186,7 +188,7 @@ def report(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Draw the comparison and print its summary."""
-    params = _params(params_file)
+    params = _prepare(params_file, output)
     from folora.report import write_report
 
     write_report(params, evaluations, output)

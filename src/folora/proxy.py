@@ -47,10 +47,8 @@ def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> Non
     """
     import pyarrow as pa
 
+    base.check_length(settings.max_length, "proxy.max_length")
     model, tokenizer = base.load_model(), base.load_tokenizer()
-    context = getattr(model.config, "max_position_embeddings", settings.max_length)
-    if settings.max_length > context:
-        raise FoLoRAError(f"proxy.max_length: {settings.max_length} is more than the model's context of {context}")
     count = settings.heldout_sequences if shard == HELDOUT else settings.sequences
     seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
     samples: list[Sample] = []

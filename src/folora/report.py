@@ -44,7 +44,7 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
         comparisons.append(compare(adaptation, bases[adaptation], own, params.report.reference))
     rows = checkpoint_rows(bases, records)
     chart = frontier_chart(rows)
-    text = summary(comparisons, params.report.reference, output)
+    text = summary(comparisons, params, output)
     with publish(output) as folder:
         folder.mkdir()
         write_json(folder / "metrics.json", metrics(comparisons))
@@ -53,6 +53,7 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
         chart.save(str(folder / "frontier.png"), format="png", scale_factor=2)
         (folder / "index.html").write_text(page(comparisons, chart, params))
         (folder / "summary.txt").write_text(text)
+        (folder / "summary.md").write_text(markdown(comparisons, params))
     print(text, end="")
 
 
@@ -146,7 +147,7 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def summary(comparisons: list[Comparison], reference: str, output: Path) -> str:
+def summary(comparisons: list[Comparison], params: Params, output: Path) -> str:
     """The comparison on one screen of a terminal, and where to look next."""
     from io import StringIO
 
@@ -162,10 +163,37 @@ def summary(comparisons: list[Comparison], reference: str, output: Path) -> str:
             table.add_row(*row)
         console.print(table)
         target = f"{comparison.matched_target:.2f}"
-        console.print(f"* at target accuracy {target}, what {reference} reaches; – where a method does not reach it")
+        console.print(
+            f"* at target accuracy {target}, what {params.report.reference} reaches; – where a method does not reach it"
+        )
     console.print(f"\nThe page: {output / 'index.html'}   The figure: {output / 'frontier.png'}")
-    console.print("Every run: mlflow ui --backend-store-uri sqlite:///mlflow.db   Figures: dvc metrics show")
+    console.print(f"Every run: mlflow ui --backend-store-uri {params.tracking.uri}   Figures: dvc metrics show")
     return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def markdown(comparisons: list[Comparison], params: Params) -> str:
+    """The tables of the comparison in Markdown, to paste where results are discussed."""
+
+    def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+        lines = [head, ("---",) + ("---:",) * (len(head) - 1), *rows]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    parts = []
+    for comparison in comparisons:
+        kept = params.evaluation.kept
+        parts.append(f"### {comparison.adaptation}\n\n{table(COLUMNS, table_rows(comparison))}")
+        target, reference = comparison.matched_target, params.report.reference
+        parts.append(f"\n\\* at target accuracy {target:.2f}, what {reference} reaches; – where a method does not.\n\n")
+        parts.append(f"{table(('method', *kept), kept_rows(comparison, kept))}\n")
+    return "".join(parts)
+
+
+def kept_rows(comparison: Comparison, kept: list[str]) -> list[list[str]]:
+    """Accuracy of each kept task as cells, one row a method."""
+    return [
+        [method, *(f"{_summary_row(comparison, method)[f'kept/{name}']:.2f}" for name in kept)]
+        for method in (BASE, *comparison.arms)
+    ]
 
 
 def page(comparisons: list[Comparison], chart: alt.TopLevelMixin, params: Params) -> str:
@@ -180,10 +208,7 @@ def page(comparisons: list[Comparison], chart: alt.TopLevelMixin, params: Params
             "name": comparison.adaptation,
             "matched_target": comparison.matched_target,
             "rows": table_rows(comparison),
-            "kept_rows": [
-                [method, *(f"{_summary_row(comparison, method)[f'kept/{name}']:.2f}" for name in kept)]
-                for method in (BASE, *comparison.arms)
-            ],
+            "kept_rows": kept_rows(comparison, kept),
         }
         for comparison in comparisons
     ]

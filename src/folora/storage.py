@@ -53,6 +53,17 @@ def publish(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of ``path`` and try to write in it, before long work starts.
+
+    Raises:
+        FoLoRAError: it cannot be written.
+    """
+    with publish(path.with_name(f".{path.name}.probe")) as probe:
+        probe.touch()
+    path.with_name(f".{path.name}.probe").unlink()
+
+
 def _is_io_error(error: Exception) -> bool:
     # safetensors reports a full disk as an exception of its own, which names the operating system's error
     return isinstance(error, OSError) or "os error" in str(error)

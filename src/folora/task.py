@@ -25,10 +25,12 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     response and EOS).
 
     Raises:
-        FoLoRAError: the data set is missing or empty, lacks a column of a template, or a row is too long.
+        FoLoRAError: the data set is missing or empty, lacks a column of a template, or a row is too long for
+            ``max_length`` or that for the model's context.
     """
     import pyarrow as pa
 
+    base.check_length(settings.max_length, "tasks.*.max_length")
     rows = read_rows(settings.dataset)
     tokenised = tokenise(rows, settings, base.load_tokenizer())
     table = pa.table(

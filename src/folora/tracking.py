@@ -40,6 +40,8 @@ class RunLog:
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters; nested tables become dotted keys."""
+        if not self._client:
+            return
         from mlflow.entities import Param
 
         flat = {key: str(value)[:PARAM_LIMIT] for key, value in _flatten(values).items()}
@@ -47,6 +49,8 @@ class RunLog:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log metrics of one step in one request."""
+        if not self._client:
+            return
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)

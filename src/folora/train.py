@@ -90,7 +90,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
         tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
         with run_log(params.tracking, title, digest_of(manifest), tags) as log:
-            log.params(manifest["params"])
+            log.params({**manifest["params"], "inputs": manifest["inputs"], **base.identity})
             recorder = Recorder(
                 folder, ForgettingMeter(groups), text, params.train.steps, params.train.checkpoints, log
             )
