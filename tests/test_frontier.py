@@ -90,3 +90,9 @@ def test_nothing_reaches_beyond_the_last_point() -> None:
     assert at_target([Point(0.7, 0.2, 3.0)], 0.7) == (0.2, 3.0)
     assert at_target([Point(0.7, 0.2, 3.0)], 0.7001) is None
     assert at_target([], 0.0) is None
+
+
+def test_one_more_checkpoint_never_hurts() -> None:
+    ends = [Point(0.0, 1.0, 0.0), Point(1.0, 0.0, 2.0)]
+    with_more = at_target([*ends, Point(0.5, 0.1, 1.9)], 0.5)
+    assert with_more == at_target(ends, 0.5) == (0.5, 1.0)

@@ -197,3 +197,13 @@ def test_moments_of_bfloat16_parameters_are_float32(basis: Tensor, gate: Tensor)
     optimizer = GatedAdam([{"params": parameters, "basis": basis, "gate": gate}], lr=0.03)
     descend(optimizer, parameters)
     assert {optimizer.state[p][key].dtype for p in parameters for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+
+
+def test_bfloat16_parameters_resume_with_float32_moments() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = GatedAdam([parameter], lr=0.1)
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32

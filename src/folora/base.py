@@ -65,10 +65,13 @@ class Base:
 
     def load_model(self) -> PreTrainedModel:
         """Load the weights in float32, ready for evaluation."""
+        import torch
         from transformers import AutoModelForCausalLM
 
         # eager attention beats the fused kernel on a CPU at these short lengths
-        return AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
 
 def open_base(path: Path) -> Base:

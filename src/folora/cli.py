@@ -96,8 +96,10 @@ def proxy(
     """Sample text from the base model."""
     params = _prepare(params_file, output, threads)
     from folora.base import open_base
-    from folora.proxy import generate_proxy
+    from folora.proxy import HELDOUT, generate_proxy
 
+    if shard != HELDOUT and not shard.isdecimal():
+        raise FoLoRAError(f"proxy: the shard {shard!r} is neither a number nor {HELDOUT!r}")
     generate_proxy(params.proxy, shard, open_base(foundation), output)
 
 
@@ -174,10 +176,12 @@ def evaluate(
     from folora.evaluate import evaluate_base, evaluate_method
 
     base = open_base(foundation)
-    if runs is None:
+    if method == "base":
         evaluate_base(params, base, tasks, heldout, output)
     else:
         _entry(params.methods, method, "methods")
+        if runs is None:
+            raise FoLoRAError(f"evaluate {method}: --runs is missing: name the folder with the runs of the method")
         evaluate_method(params, method, base, tasks, heldout, runs, output)
 
 

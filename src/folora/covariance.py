@@ -42,6 +42,8 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
         positions = settings.task_positions
 
+    if not token_ids:
+        raise FoLoRAError(f"{rows}: holds no rows: run the stage that makes it again")
     model = base.load_model()
     padding = base.load_tokenizer().pad_token_id
     layers = adapted_layers(model, params.adapter.target_modules)
@@ -79,16 +81,20 @@ def _counted(positions: str, mask: Tensor, loss_masks: list[list[bool]] | None, 
     return counted
 
 
-def read_moments(paths: list[Path], **expected: Any) -> tuple[Moments, Groups]:
+def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> tuple[Moments, Groups]:
     """Add up the moments of shards, in the order given.
+
+    Args:
+        shards: each file, with the manifest fields that only it must have.
+        expected: manifest fields that all must have.
 
     Raises:
         FoLoRAError: a shard is damaged, of another model or parameter set, or has other layers than the first.
     """
     total: Moments | None = None
     groups: Groups = {}
-    for path in paths:
-        sums, manifest = read_tensors(path, artefact="covariance", **expected)
+    for path, own in shards:
+        sums, manifest = read_tensors(path, artefact="covariance", **expected, **own)
         if total is None:
             total, groups = Moments(sums, manifest["tokens"]), manifest["groups"]
             expected |= {"positions": manifest["positions"], "groups": groups}

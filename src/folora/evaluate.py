@@ -14,8 +14,11 @@ import pyarrow as pa
 
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
+from folora.params import run_params
+from folora.proxy import HELDOUT
 from folora.storage import (
     MANIFEST_FILE,
+    check_fields,
     check_manifest,
     digest_of,
     digest_of_file,
@@ -45,7 +48,7 @@ class Evaluator:
 
     def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
         settings = params.proxy.model_dump(exclude={"shards"})
-        table, _ = read_table(heldout, artefact="proxy", **base.identity, proxy=settings)
+        table, _ = read_table(heldout, artefact="proxy", **base.identity, proxy=settings, shard=HELDOUT)
         self.base = base
         self.tokenizer = base.load_tokenizer()
         self.model = base.load_model()
@@ -99,6 +102,7 @@ def load_tasks(folder: Path, names: list[str]) -> Any:
         FoLoRAError: a task or its data is missing.
     """
     from lm_eval.tasks import TaskManager
+    from ruamel.yaml import YAML
 
     specs = []
     for name in names:
@@ -106,7 +110,7 @@ def load_tasks(folder: Path, names: list[str]) -> Any:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
             raise FoLoRAError(f"{path}: no such evaluation task; there are {known or 'none'}")
-        spec = read_json(path)
+        spec = YAML(typ="safe", pure=True).load(path)
         files = spec["dataset_kwargs"]["data_files"]
         spec["dataset_kwargs"]["data_files"] = {
             split: str(require(folder / file).resolve()) for split, file in files.items()
@@ -143,8 +147,9 @@ def evaluate_method(
     for name, run in params.runs_of(method).items():
         manifest = read_json(runs / name / MANIFEST_FILE)
         check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+        check_fields(runs / name, manifest["params"], **run_params(params, name))
         results = []
-        for checkpoint in sorted((runs / name / "checkpoints").iterdir(), key=lambda path: int(path.name)):
+        for checkpoint in checkpoints_of(runs / name):
             model = load_checkpoint(model or evaluator.model, checkpoint)
             key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
             key |= {"seed": run.seed, "step": int(checkpoint.name)}
@@ -156,13 +161,32 @@ def evaluate_method(
     _write(output, metrics, answers)
 
 
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run by ascending step.
+
+    Raises:
+        FoLoRAError: there are none.
+    """
+    folder = run / "checkpoints"
+    found = sorted(folder.iterdir(), key=lambda path: int(path.name)) if folder.is_dir() else []
+    if not found:
+        raise FoLoRAError(f"{folder}: holds no checkpoint: delete the run and train it again")
+    return found
+
+
 def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PeftModel:
     """Load an adapter on a base model, or in place of the adapter that is already on it."""
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
 
-    if not isinstance(model, PeftModel):
-        return PeftModel.from_pretrained(model, checkpoint).eval()
-    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, checkpoint).eval()
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FoLoRAError(
+            f"{checkpoint}: damaged or incomplete ({error}): delete its run and train it again"
+        ) from error
     return model
 
 

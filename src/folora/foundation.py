@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from folora.params import OfflineFoundation, PretrainedFoundation, World
 
-PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.6  # the learning rate falls linearly to zero over this last part of the steps
 CLIP_NORM = 1.0
@@ -59,12 +59,12 @@ def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character of the world, and PAD, BOS and EOS; encoding a text puts BOS before it."""
+    """One token per character of the world, and PAD, BOS, EOS and UNKNOWN; encoding a text puts BOS before it."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: number for number, token in enumerate((PAD, BOS, EOS, *VOCABULARY))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=PAD))
+    vocabulary = {token: number for number, token in enumerate((PAD, BOS, EOS, UNKNOWN, *VOCABULARY))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
@@ -75,6 +75,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
+        unk_token=UNKNOWN,
         clean_up_tokenization_spaces=False,
     )
 

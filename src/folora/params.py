@@ -215,6 +215,18 @@ class Params(Section):
         return {name: run for name, run in self.runs.items() if run.method == method}
 
 
+def run_params(params: Params, name: str) -> dict[str, Any]:
+    """What a run's result depends on, beside its input files."""
+    run = params.runs[name]
+    return {
+        "run": run.model_dump(),
+        "method": params.methods[run.method].model_dump(),
+        "adapter": params.adapter.model_dump(),
+        "train": params.train.model_dump(),
+        "threads": params.threads.train,
+    }
+
+
 def load_params(path: Path) -> Params:
     """Read and validate ``params.yaml``.
 
@@ -242,9 +254,16 @@ def describe(error: ValidationError) -> str:
     """The first problem of a validation error in one line: key, what is allowed, what was given."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in {"offline", "pretrained"})
+    key = _key(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
+
+
+def _key(location: tuple[int | str, ...]) -> str:
+    """The dotted key of a location, without what pydantic adds for the members of a union."""
+    members = {("foundation", 1), ("adapter", 2)}  # the section with a union, and where its member's name stands
+    parts = [part for position, part in enumerate(location) if (location[0], position) not in members]
+    return ".".join(map(str, parts))

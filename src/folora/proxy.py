@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from folora.errors import FoLoRAError
 from folora.storage import write_table
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> Non
     """Sample one shard and write it as Parquet; the shard ``heldout`` measures KL and perplexity.
 
     Raises:
-        FoLoRAError: the sequences are longer than the model's context, or not one token was sampled.
+        FoLoRAError: the sequences are longer than the model's context.
     """
     import pyarrow as pa
 
@@ -55,8 +54,6 @@ def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> Non
     for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
         uniforms = uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1)
         samples += sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, settings.temperature)
-    if not any(one.logprobs for one in samples):
-        raise FoLoRAError(f"{output}: the model sampled no token: raise proxy.max_length or check the model")
     table = pa.table(
         {
             "index": pa.array(range(count), pa.int32()),
@@ -101,7 +98,7 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
     tokens = torch.full((len(samples), 1), bos)
     cache = DynamicCache()
     for step in range(uniforms.shape[1]):
-        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
         chosen = invert(logprobs.exp(), uniforms[active, step])
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]

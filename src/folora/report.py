@@ -33,8 +33,10 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
     records = [r for method in params.methods for r in _read(evaluations / method / "metrics.parquet")]
     records = [record for record in records if record["run"] in params.runs]
     missing = params.runs.keys() - {record["run"] for record in records}
+    missing |= {run.task for run in params.runs.values()} - bases.keys()
+    missing |= {name for name in params.evaluation.kept for r in bases.values() if f"kept/{name}" not in r}
     if missing:
-        raise FoLoRAError(f"{evaluations}: no result of run {min(missing)}: run `dvc repro` for what is missing")
+        raise FoLoRAError(f"{evaluations}: no result of {min(missing)}: run `dvc repro` for what is missing")
 
     comparisons = []
     for adaptation in dict.fromkeys(run.task for run in params.runs.values()):

@@ -60,12 +60,12 @@ def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, 
         FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable.
     """
     proxy_settings = params.proxy.model_dump(exclude={"shards"})
-    shards = [proxy_folder / f"{shard}.safetensors" for shard in params.proxy.shards]
+    shards = [(proxy_folder / f"{shard}.safetensors", {"shard": str(shard)}) for shard in params.proxy.shards]
     proxy, groups = read_moments(
         shards, **base.identity, proxy=proxy_settings, positions=params.covariance.proxy_positions
     )
     target, _ = read_moments(
-        [task_path],
+        [(task_path, {})],
         **base.identity,
         task=params.tasks[task].model_dump(),
         positions=params.covariance.task_positions,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
@@ -70,10 +70,11 @@ def _is_io_error(error: Exception) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):  # where nothing could be written there is nothing to remove
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def canonical_json(value: Any) -> str:
@@ -87,8 +88,12 @@ def digest_of(value: Any) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        FoLoRAError: there is no such file.
+    """
+    with require(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -127,7 +132,16 @@ def check_manifest(path: Path, manifest: Manifest, **expected: Any) -> None:
     Raises:
         FoLoRAError: the artefact is of another kind, or a field differs.
     """
-    for field, value in {"format": FORMAT, **expected}.items():
+    check_fields(path, manifest, format=FORMAT, **expected)
+
+
+def check_fields(path: Path, manifest: Manifest, **expected: Any) -> None:
+    """Compare fields of a manifest, or of a part of one, with what the reader expects.
+
+    Raises:
+        FoLoRAError: a field differs.
+    """
+    for field, value in expected.items():
         if manifest.get(field) != value:
             raise FoLoRAError(
                 f"{path}: made with {field} {_short(manifest.get(field))}, but {_short(value)} is expected: "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.params import Task
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".jsonl", ".csv", ".parquet")
 
 
 def prepare_task(settings: Task, base: Base, output: Path) -> None:
@@ -51,7 +53,6 @@ def read_rows(dataset: str) -> Dataset:
     Raises:
         FoLoRAError: nothing is there, or there are no rows.
     """
-    from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     path = Path(dataset)
@@ -65,32 +66,53 @@ def read_rows(dataset: str) -> Dataset:
     if path.stat().st_size == 0:
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     try:
-        rows = load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-    except DatasetGenerationError as error:
+        rows = _load(path)
+    except (DatasetGenerationError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise FoLoRAError(f"{path}: cannot be read as {FORMATS[path.suffix]}: {reason}") from error
+        raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     return rows
 
 
+def _load(path: Path) -> Dataset:
+    """Read a file so that text stays text: the library's own readers make numbers of "007" and dates of dates."""
+    from datasets import Dataset, load_dataset
+
+    if path.suffix == ".parquet":
+        return load_dataset("parquet", data_files=str(path), split="train")
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
+        return Dataset.from_list(list(rows))
+
+
 def tokenise(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[bool]]]:
     """Render and tokenise every row: token ids and loss mask, both of the row's length."""
-    from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+    from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=_refuse_missing, keep_trailing_newline=True
+    )
+    number = 0
     try:
         prompt, response = environment.from_string(settings.prompt), environment.from_string(settings.response)
-        return [
-            _tokenise_row(number, prompt.render(row), response.render(row), settings.max_length, tokenizer)
-            for number, row in enumerate(rows)
-        ]
-    except TemplateSyntaxError as error:
-        raise FoLoRAError(f"tasks.*.prompt or response: not a Jinja template: {error}") from error
-    except UndefinedError as error:
+        tokenised = []
+        for number, row in enumerate(rows):
+            texts = prompt.render(row), response.render(row)
+            tokenised.append(_tokenise_row(number, *texts, settings.max_length, tokenizer))
+    except (TemplateError, TypeError, ValueError) as error:
         columns = ", ".join(rows.column_names)
-        raise FoLoRAError(f"{settings.dataset}: {error} in prompt or response; its columns are {columns}") from error
+        raise FoLoRAError(
+            f"{settings.dataset}, row {number}: {error}: mend tasks.*.prompt or response; the columns are {columns}"
+        ) from error
+    return tokenised
+
+
+def _refuse_missing(value: Any) -> Any:
+    if value is None:
+        raise ValueError("a value is missing")
+    return value
 
 
 def _tokenise_row(
@@ -99,7 +121,13 @@ def _tokenise_row(
     if not response:
         raise FoLoRAError(f"row {number} of the task: the response is empty: remove the row or change the template")
     prompt_ids = tokenizer(prompt)["input_ids"]
+    if prompt_ids[:1] != [tokenizer.bos_token_id]:  # some tokenizers add none; proxy text and evaluation start with it
+        prompt_ids = [tokenizer.bos_token_id, *prompt_ids]
     response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids[1:] + response_ids[:-1]:
+        raise FoLoRAError(
+            f"row {number} of the task: {prompt + response!r} has a character the tokenizer does not know"
+        )
     length = len(prompt_ids) + len(response_ids)
     if length > max_length:
         raise FoLoRAError(

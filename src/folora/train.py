@@ -18,6 +18,8 @@ from folora.adapter import add_adapter, layer_groups, save_adapter
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.meter import ForgettingMeter
+from folora.params import run_params
+from folora.proxy import HELDOUT
 from folora.schedule import batch_rows
 from folora.spectrum import read_spectrum
 from folora.storage import (
@@ -64,9 +66,10 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     run = params.runs[name]
     manifest = run_manifest(params, name, base, inputs)
     task_rows = read_task_rows(params, run, base, inputs.task)
-    proxy_rows = [full_row(ids) for path in _proxy_shards(params, inputs) for ids in _proxy_ids(params, base, path)]
+    shards = _proxy_shards(params, inputs).items()
+    proxy_rows = [full_row(ids) for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
     spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
-    heldout = _proxy_ids(params, base, inputs.heldout)[: params.train.meter_sequences]
+    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)[: params.train.meter_sequences]
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
@@ -106,7 +109,6 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
     """What a run is made from; its digest is the run's identity."""
-    run = params.runs[name]
     return {
         "format": FORMAT,
         "artefact": "run",
@@ -116,25 +118,19 @@ def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> 
             "task": digest_of_file(inputs.task),
             "heldout": digest_of_file(inputs.heldout),
             "spectrum": digest_of_file(inputs.spectrum),
-            "proxy": [digest_of_file(path) for path in _proxy_shards(params, inputs)],
+            "proxy": [digest_of_file(path) for path in _proxy_shards(params, inputs).values()],
         },
-        "params": {
-            "run": run.model_dump(),
-            "method": params.methods[run.method].model_dump(),
-            "adapter": params.adapter.model_dump(),
-            "train": params.train.model_dump(),
-            "threads": torch.get_num_threads(),
-        },
+        "params": run_params(params, name),
     }
 
 
-def _proxy_shards(params: Params, inputs: TrainInputs) -> list[Path]:
-    return [inputs.proxy / f"{shard}.parquet" for shard in params.proxy.shards]
+def _proxy_shards(params: Params, inputs: TrainInputs) -> dict[str, Path]:
+    return {str(shard): inputs.proxy / f"{shard}.parquet" for shard in params.proxy.shards}
 
 
-def _proxy_ids(params: Params, base: Base, path: Path) -> list[list[int]]:
+def _proxy_ids(params: Params, base: Base, path: Path, shard: str) -> list[list[int]]:
     settings = params.proxy.model_dump(exclude={"shards"})
-    table, _ = read_table(path, artefact="proxy", **base.identity, proxy=settings)
+    table, _ = read_table(path, artefact="proxy", **base.identity, proxy=settings, shard=shard)
     return table["token_ids"].to_pylist()
 
 
@@ -185,6 +181,7 @@ def fit(
             lr_scheduler_type="linear",
             max_grad_norm=settings.max_grad_norm,
             logging_steps=settings.log_every,
+            logging_first_step=True,  # a run shorter than log_every has a history too
             save_strategy="no",
             report_to=[],
             remove_unused_columns=False,
