@@ -71,8 +71,10 @@ def test_shards_add_up_to_the_whole(pipeline: Pipeline, tmp_path: Path) -> None:
     tables = [read_table(pipeline.proxy / f"{shard}.parquet") for shard in (0, 1)]
     write_table(tmp_path / "rows", pa.concat_tables([table for table, _ in tables]), tables[0][1])
     compute_covariance(pipeline.params, pipeline.base, tmp_path / "rows", tmp_path / "whole")
-    total, groups = read_moments([pipeline.proxy_moments / f"{shard}.safetensors" for shard in (0, 1)])
-    whole, _ = read_moments([tmp_path / "whole"])
+    total, groups = read_moments(
+        [(pipeline.proxy_moments / f"{shard}.safetensors", {"shard": str(shard)}) for shard in (0, 1)]
+    )
+    whole, _ = read_moments([(tmp_path / "whole", {})])
     assert total.tokens == whole.tokens
     assert total.sums.keys() == whole.sums.keys() == groups.keys()
     for name in groups:

@@ -48,7 +48,7 @@ def test_special_tokens_are_distinct(pipeline: Pipeline) -> None:
     special = [saved.pad_token_id, saved.bos_token_id, saved.eos_token_id]
     assert special == [TOKENIZER.pad_token_id, TOKENIZER.bos_token_id, TOKENIZER.eos_token_id]
     assert len(set(special)) == 3
-    assert len(saved) == 3 + len(VOCABULARY)
+    assert len(saved) == 4 + len(VOCABULARY)
     assert not set(special) & set(saved(VOCABULARY, add_special_tokens=False)["input_ids"])
     config = pipeline.base.load_model().config
     assert special == [config.pad_token_id, config.bos_token_id, config.eos_token_id]

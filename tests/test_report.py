@@ -159,7 +159,7 @@ def test_missing_run_is_named(save_params: SaveParams, tmp_path: Path, refused: 
     content = values(["subtraction"])
     content["runs"]["lora-new"] = {"task": "subtraction", "method": "lora", "learning_rate": 0.5, "seed": 1}
     line = refused("report", "--evaluations", tmp_path / "evaluation", "--params", save_params(content))
-    assert line.startswith(f"{tmp_path / 'evaluation'}: no result of run lora-new: run `dvc repro`")
+    assert line.startswith(f"{tmp_path / 'evaluation'}: no result of lora-new: run `dvc repro`")
 
 
 def test_missing_or_damaged_evaluation_is_named(save_params: SaveParams, tmp_path: Path, refused: Refused) -> None:

@@ -129,7 +129,7 @@ def test_shards_may_not_differ_from_the_first(pipeline: Pipeline, tmp_path: Path
     copy = pipeline.copy(tmp_path / "copy")
     rewrite(copy.proxy_moments / "1.safetensors", lambda _, m: m["groups"].popitem())
     with pytest.raises(FoLoRAError, match=r"1\.safetensors: made with groups"):
-        read_moments([copy.proxy_moments / "0.safetensors", copy.proxy_moments / "1.safetensors"])
+        read_moments([(copy.proxy_moments / "0.safetensors", {}), (copy.proxy_moments / "1.safetensors", {})])
 
 
 def test_shrinkage_is_used(pipeline: Pipeline, tmp_path: Path) -> None:

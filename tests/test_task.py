@@ -91,7 +91,10 @@ def test_folder_without_data_is_named(tiny_base: Base, tiny_params: Params, tmp_
     [
         (None, "data.jsonl: no data set"),
         ("", "data.jsonl: the data set is empty: at least one row"),
-        ('{"question": "1", "reply": "2"}\n', "'answer' is undefined in prompt or response; its columns are question"),
+        (
+            '{"question": "1", "reply": "2"}\n',
+            "row 0: 'answer' is undefined: mend tasks.*.prompt or response; the columns are question",
+        ),
         ('{"question": "1", "answer": ""}\n', "row 0 of the task: the response is empty"),
         ('{"question": "1", "answer": "2"}\n{"question": "11111", "answer": "2222222"}\n', "row 1 of the task: "),
         ('{"question": "1", "answer": "2"}\n{"question":\n', "data.jsonl: cannot be read as json"),
@@ -114,7 +117,7 @@ def test_bad_data_is_one_line(
 
 def test_bad_template_is_named(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
     data = write_rows(ROWS, tmp_path / "data.jsonl")
-    with pytest.raises(FoLoRAError, match="not a Jinja template"):
+    with pytest.raises(FoLoRAError, match=r"unexpected end of template.*mend tasks"):
         prepare(tiny_base, tiny_params, tmp_path / "out", data, prompt="{{ question")
     assert not (tmp_path / "out").exists()
 

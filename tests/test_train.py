@@ -165,10 +165,10 @@ def test_history_holds_the_meter(runs: Path) -> None:
         columns = {"step", "loss", "learning_rate", "grad_norm", "penalty", "utility", "kl"}
         assert set(table.column_names) == columns
         rows = table.to_pylist()
-        assert [row["step"] for row in rows] == [3, 6]
+        assert [row["step"] for row in rows] == [1, 3, 6]
         assert all(0 < row["kl"] < 1 and row["penalty"] > 0 and row["utility"] > 0 for row in rows)
         assert rows[1]["kl"] > rows[0]["kl"]
-        assert rows[1]["learning_rate"] < rows[0]["learning_rate"] < 1e-2
+        assert rows[2]["learning_rate"] < rows[1]["learning_rate"] < rows[0]["learning_rate"] <= 1e-2
 
 
 def test_manifest_names_what_the_run_is_made_of(pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:

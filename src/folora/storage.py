@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
@@ -47,7 +48,7 @@ def publish(path: Path) -> Iterator[Path]:
         _remove(partial)
         if isinstance(error, FoLoRAError) or not _is_io_error(error):
             raise
-        raise FoLoRAError(f"{path}: cannot be written ({error}): free space or make the folder writable") from error
+        raise _unwritable(path, error) from error
     except BaseException:
         _remove(partial)
         raise
@@ -59,9 +60,16 @@ def check_writable(path: Path) -> None:
     Raises:
         FoLoRAError: it cannot be written.
     """
-    with publish(path.with_name(f".{path.name}.probe")) as probe:
-        probe.touch()
-    path.with_name(f".{path.name}.probe").unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> FoLoRAError:
+    return FoLoRAError(f"{path}: cannot be written ({error}): free space or make the folder writable")
 
 
 def _is_io_error(error: Exception) -> bool:
