@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -75,7 +76,6 @@ def test_figures_are_means_over_seeds_at_the_chosen_rate_and_last_checkpoint() -
     }
     assert arm.figures == pytest.approx(expected)
     assert found.base == BASE
-    assert found.matched_target == pytest.approx(0.4)
 
 
 def test_methods_keep_the_order_of_the_records() -> None:
@@ -91,8 +91,11 @@ def test_others_are_read_at_the_target_the_reference_reaches_seed_by_seed() -> N
         record("folora", 0.1, 1, target=0.5, kept=0.5, kl=0.8),  # 0.75 and 0.4 at half the target
     ]
     found = compare("x", BASE, records, "lora").arms
-    assert (found["lora"].matched_kept, found["lora"].matched_kl) == (pytest.approx(0.3), pytest.approx(1.5))
-    assert (found["folora"].matched_kept, found["folora"].matched_kl) == (pytest.approx(0.775), pytest.approx(0.3))
+    found_match = asdict(found["folora"].matches["lora"])
+    expected = {"target": 0.375, "kept": 0.775, "kl": 0.3, "kept_gain": 0.775 - 0.3, "kl_ratio": 1.5 / 0.3}
+    assert found_match == pytest.approx(expected)
+    back = found["lora"].matches["folora"]
+    assert (back.kept_gain, back.kl_ratio) == (pytest.approx(-0.475), pytest.approx(0.2))
 
 
 def test_matching_uses_every_rate_and_checkpoint() -> None:
@@ -104,13 +107,20 @@ def test_matching_uses_every_rate_and_checkpoint() -> None:
     ]
     arm = compare("x", BASE, records, "lora").arms["folora"]
     assert arm.learning_rate == 0.1
-    assert (arm.matched_kept, arm.matched_kl) == (pytest.approx(0.7), pytest.approx(0.2))
+    assert (arm.matches["lora"].kept, arm.matches["lora"].kl) == (pytest.approx(0.7), pytest.approx(0.2))
 
 
-def test_a_method_that_misses_the_target_with_any_seed_has_no_matched_figures() -> None:
-    records = [record("lora", 0.1, seed, target=0.5) for seed in (0, 1)]
-    records += [record("folora", 0.1, 0, target=0.9), record("folora", 0.1, 1, target=0.4)]
-    arm = compare("x", BASE, records, "lora").arms["folora"]
-    assert arm.matched_kept is None
-    assert arm.matched_kl is None
-    assert arm.figures["target"] == pytest.approx(0.65)
+def test_where_the_target_is_out_of_reach_both_are_read_at_the_highest_they_share() -> None:
+    records = [record("lora", 0.1, 0, target=0.5, kept=0.2, kl=2.0)]
+    records += [record("folora", 0.1, 0, target=0.4, kept=0.6, kl=0.4)]
+    match = compare("x", BASE, records, "lora").arms["folora"].matches["lora"]
+    assert match.target == pytest.approx(0.4)
+    assert (match.kept, match.kl) == (pytest.approx(0.6), pytest.approx(0.4))
+    assert match.kl_ratio == pytest.approx(0.8 * 2.0 / 0.4)  # LoRA at four fifths of the way from the base
+
+
+def test_a_method_that_lacks_a_seed_is_not_matched() -> None:
+    records = [record("lora", 0.1, seed, target=0.5) for seed in (0, 1)] + [record("folora", 0.1, 0, target=0.9)]
+    arms = compare("x", BASE, records, "lora").arms
+    assert arms["folora"].matches == arms["lora"].matches == {}
+    assert arms["folora"].figures["target"] == pytest.approx(0.9)

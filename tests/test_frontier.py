@@ -59,11 +59,11 @@ def test_frontier_depends_on_neither_order_nor_repetition(points: list[Point], c
 @PROPERTY
 @given(clouds, shares)
 def test_at_target_is_between_the_ends_or_out_of_reach(points: list[Point], target: float) -> None:
-    found = at_target(points, target)
     if target > max(p.target for p in points):
-        assert found is None
+        with pytest.raises(ValueError, match="no point reaches"):
+            at_target(points, target)
         return
-    kept, kl = found
+    kept, kl = at_target(points, target)
     enough = [p for p in points if p.target >= target]
     rounding = 1e-12
     assert max(p.kept for p in enough) - rounding <= kept <= max(p.kept for p in points) + rounding
@@ -88,8 +88,9 @@ def test_interpolates_linearly_between_points(target: float, kept: float, kl: fl
 
 def test_nothing_reaches_beyond_the_last_point() -> None:
     assert at_target([Point(0.7, 0.2, 3.0)], 0.7) == (0.2, 3.0)
-    assert at_target([Point(0.7, 0.2, 3.0)], 0.7001) is None
-    assert at_target([], 0.0) is None
+    for points in ([Point(0.7, 0.2, 3.0)], []):
+        with pytest.raises(ValueError, match="no point reaches"):
+            at_target(points, 0.7001)
 
 
 def test_one_more_checkpoint_never_hurts() -> None:

@@ -207,6 +207,7 @@ def _entry(table: dict[str, T], name: str, section: str) -> T:
 def main() -> None:
     """Run the command line; a mistake of the user is one line on standard error and exit code 1."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files

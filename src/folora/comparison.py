@@ -17,6 +17,25 @@ FIGURES = ("target", "validation", "kept", "kl", "perplexity")
 
 
 @dataclass(frozen=True)
+class Match:
+    """Two methods at one target accuracy that both reach; means over seeds.
+
+    Attributes:
+        target: the accuracy.
+        kept: kept accuracy of the first there.
+        kl: KL of the first there.
+        kept_gain: how much more the first keeps than the second.
+        kl_ratio: how many times smaller the first's KL is.
+    """
+
+    target: float
+    kept: float
+    kl: float
+    kept_gain: float
+    kl_ratio: float
+
+
+@dataclass(frozen=True)
 class Arm:
     """A method at its best learning rate.
 
@@ -24,15 +43,13 @@ class Arm:
         method: name in params.yaml.
         learning_rate: the chosen one.
         figures: means over seeds of ``FIGURES`` and of each kept task (``kept/NAME``), at the last checkpoint.
-        matched_kept: kept accuracy at the reference's target accuracy, mean over its seeds; None where not reached.
-        matched_kl: KL there.
+        matches: the method against every other, by name; only those with all of the reference's seeds.
     """
 
     method: str
     learning_rate: float
     figures: dict[str, float]
-    matched_kept: float | None
-    matched_kl: float | None
+    matches: dict[str, Match]
 
 
 @dataclass(frozen=True)
@@ -41,18 +58,20 @@ class Comparison:
 
     adaptation: str
     base: dict[str, float]
-    matched_target: float
     arms: dict[str, Arm]
 
 
 def compare(adaptation: str, base: Record, records: list[Record], reference: str) -> Comparison:
     """Compare the methods on one adaptation.
 
+    Two methods are compared at the target accuracy that the reference has at its best rate, or at the highest that
+    both reach where that is less.
+
     Args:
         adaptation: name of the task adapted to.
         base: metrics of the base model.
         records: metrics of every checkpoint of every run on this adaptation.
-        reference: the method whose target accuracy the others are compared at.
+        reference: the method that sets the target accuracy.
     """
     methods = list(dict.fromkeys(record["method"] for record in records))
     chosen = {method: best_rate([r for r in records if r["method"] == method]) for method in methods}
@@ -61,19 +80,32 @@ def compare(adaptation: str, base: Record, records: list[Record], reference: str
         for method in methods
     }
     targets = {record["seed"]: record["target"] for record in finals[reference]}
-    arms = {}
-    for method in methods:
-        matched = [at_target(points(base, records, method, seed), target) for seed, target in targets.items()]
-        reached = [pair for pair in matched if pair is not None]
-        complete = len(reached) == len(targets)
-        arms[method] = Arm(
+    curves = {method: [points(base, records, method, seed) for seed in targets] for method in methods}
+    complete = [method for method in methods if all(len(curve) > 1 for curve in curves[method])]
+    arms = {
+        method: Arm(
             method=method,
             learning_rate=chosen[method],
             figures=mean_figures(finals[method]),
-            matched_kept=fmean(kept for kept, _ in reached) if complete else None,
-            matched_kl=fmean(kl for _, kl in reached) if complete else None,
+            matches={
+                other: match(curves[method], curves[other], list(targets.values()))
+                for other in complete
+                if method in complete and other != method
+            },
         )
-    return Comparison(adaptation, mean_figures([base]), fmean(targets.values()), arms)
+        for method in methods
+    }
+    return Comparison(adaptation, mean_figures([base]), arms)
+
+
+def match(first: list[list[Point]], second: list[list[Point]], targets: list[float]) -> Match:
+    """Compare two methods, given their points and the wanted target accuracy of each seed."""
+    rows = []
+    for own, others, wanted in zip(first, second, targets, strict=True):
+        target = min(wanted, max(p.target for p in own), max(p.target for p in others))
+        rows.append((target, *at_target(own, target), *at_target(others, target)))
+    target, kept, kl, other_kept, other_kl = (fmean(column) for column in zip(*rows, strict=True))
+    return Match(target, kept, kl, kept - other_kept, other_kl / kl if kl > 0 else float("inf"))
 
 
 def points(base: Record, records: list[Record], method: str, seed: int) -> list[Point]:

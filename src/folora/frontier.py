@@ -35,17 +35,20 @@ def pareto(points: list[Point], cost: str) -> list[Point]:
     return frontier[::-1]
 
 
-def at_target(points: list[Point], target: float) -> tuple[float, float] | None:
+def at_target(points: list[Point], target: float) -> tuple[float, float]:
     """Kept accuracy and KL of a method at a target accuracy.
 
     Both are read off the hull of the points, the best straight lines between them: one more point never makes a
     method look worse.
 
     Returns:
-        (kept, KL), or None where no point reaches the target.
+        (kept, KL).
+
+    Raises:
+        ValueError: no point reaches the target.
     """
     if not points or max(point.target for point in points) < target:
-        return None
+        raise ValueError(f"no point reaches the target accuracy {target}")
     kept = _upper_hull([(p.target, p.kept) for p in pareto(points, "kept")], target)
     kl = -_upper_hull([(p.target, -p.kl) for p in pareto(points, "kl")], target)
     return kept, kl

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from folora.comparison import FIGURES, Comparison, compare, points
+from folora.comparison import FIGURES, Comparison, Match, compare, points
 from folora.errors import FoLoRAError
 from folora.frontier import pareto
 from folora.storage import publish, read_table, write_json
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from folora.params import Params
 
 BASE = "base"
-COLUMNS = ("method", "rate", "target", "kept", "KL", "perplexity", "kept*", "KL*")
+COLUMNS = ("method", "rate", "target", "kept", "KL", "ppl", "target*", "kept*", "gain*", "KL*", "ratio*")
+MATCHES = ("target", "kept", "kl", "kept_gain", "kl_ratio")
+PAIRS_NOTE = (
+    "Every method (row) against every other (column) where both have the same target accuracy, that of the reference "
+    "or the highest that both reach: what it keeps more, and how many times smaller its KL is."
+)
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,6 +50,7 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
         if not any(record["method"] == params.report.reference for record in own):
             raise FoLoRAError(f"report.reference: {params.report.reference} has no run on {adaptation}: add one")
         comparisons.append(compare(adaptation, bases[adaptation], own, params.report.reference))
+    reference = params.report.reference
     rows = checkpoint_rows(bases, records)
     chart = frontier_chart(rows)
     text = summary(comparisons, params, output)
@@ -51,7 +58,9 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
         folder.mkdir()
         write_json(folder / "metrics.json", metrics(comparisons))
         _write_csv(folder / "frontier.csv", rows)
-        _write_csv(folder / "summary.csv", [_summary_row(c, m) for c in comparisons for m in (BASE, *c.arms)])
+        _write_csv(
+            folder / "summary.csv", [_summary_row(c, m, reference) for c in comparisons for m in (BASE, *c.arms)]
+        )
         chart.save(str(folder / "frontier.png"), format="png", scale_factor=2)
         (folder / "index.html").write_text(page(comparisons, chart, params))
         (folder / "summary.txt").write_text(text)
@@ -69,11 +78,10 @@ def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
     each: dict[str, dict[str, Any]] = {
         c.adaptation: {
             "base": {name: c.base[name] for name in ("target", "kept", "perplexity")},
-            "matched_target": c.matched_target,
             "arms": {
                 arm.method: {"lr": arm.learning_rate}
                 | {name: arm.figures[name] for name in ("target", "kept", "kl", "perplexity")}
-                | {"matched_kept": arm.matched_kept, "matched_kl": arm.matched_kl}
+                | {"against": {other: asdict(match) for other, match in arm.matches.items()}}
                 for arm in c.arms.values()
             },
         }
@@ -89,15 +97,11 @@ def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
     }
 
 
-def _means(tables: list[dict[str, float | None]]) -> dict[str, float | None]:
-    """Key-wise means; learning rates differ between adaptations and stay with them."""
-    result: dict[str, float | None] = {}
-    for name in tables[0]:
-        values = [table[name] for table in tables]
-        known = [value for value in values if value is not None]
-        if name != "lr":
-            result[name] = fmean(known) if len(known) == len(values) else None
-    return result
+def _means(tables: list[dict[str, Any]]) -> dict[str, float]:
+    """Key-wise means of the figures; rates and matches differ between adaptations and stay with them."""
+    return {
+        name: fmean(t[name] for t in tables) for name in ("target", "kept", "kl", "perplexity") if name in tables[0]
+    }
 
 
 def checkpoint_rows(bases: dict[str, Record], records: list[Record]) -> list[Record]:
@@ -121,20 +125,20 @@ def _write_csv(path: Path, rows: list[Record]) -> None:
         writer.writerows(rows)
 
 
-def _summary_row(comparison: Comparison, method: str) -> Record:
+def _summary_row(comparison: Comparison, method: str, reference: str) -> Record:
     arm = comparison.arms.get(method)
+    match = arm.matches.get(reference) if arm else None
     values = arm.figures if arm else comparison.base
     return {
         "adaptation": comparison.adaptation,
         "method": method,
         "learning_rate": arm.learning_rate if arm else None,
         **values,
-        "matched_kept": arm.matched_kept if arm else None,
-        "matched_kl": arm.matched_kl if arm else None,
+        **{f"matched_{name}": getattr(match, name) if match else None for name in MATCHES},
     }
 
 
-def table_rows(comparison: Comparison) -> list[list[str]]:
+def table_rows(comparison: Comparison, reference: str) -> list[list[str]]:
     """The comparison as cells, one row a method, after ``COLUMNS``."""
 
     def number(value: float | None, digits: int = 2) -> str:
@@ -142,10 +146,12 @@ def table_rows(comparison: Comparison) -> list[list[str]]:
 
     rows = []
     for method in (BASE, *comparison.arms):
-        row = _summary_row(comparison, method)
+        row = _summary_row(comparison, method, reference)
         rate = "–" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
         figures = [number(row["target"]), number(row["kept"]), number(row["kl"], 3), number(row["perplexity"])]
-        rows.append([method, rate, *figures, number(row["matched_kept"]), number(row["matched_kl"], 3)])
+        matched = [number(row["matched_target"]), number(row["matched_kept"]), number(row["matched_kept_gain"])]
+        matched += [number(row["matched_kl"], 3), number(row["matched_kl_ratio"], 1)]
+        rows.append([method, rate, *figures, *matched])
     return rows
 
 
@@ -153,21 +159,20 @@ def summary(comparisons: list[Comparison], params: Params, output: Path) -> str:
     """The comparison on one screen of a terminal, and where to look next."""
     from io import StringIO
 
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=StringIO(), width=100)
     for comparison in comparisons:
-        table = Table(title=f"{comparison.adaptation}: each method at its best learning rate", title_justify="left")
+        title = f"{comparison.adaptation}: each method at its best learning rate"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         for column in COLUMNS:
             table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-        for row in table_rows(comparison):
+        for row in table_rows(comparison, params.report.reference):
             table.add_row(*row)
         console.print(table)
-        target = f"{comparison.matched_target:.2f}"
-        console.print(
-            f"* at target accuracy {target}, what {params.report.reference} reaches; – where a method does not reach it"
-        )
+        console.print(f"* {matched_note(params.report.reference)}")
     console.print(f"\nThe page: {output / 'index.html'}   The figure: {output / 'frontier.png'}")
     console.print(f"Every run: mlflow ui --backend-store-uri {params.tracking.uri}   Figures: dvc metrics show")
     return console.file.getvalue()  # type: ignore[attr-defined]
@@ -183,18 +188,38 @@ def markdown(comparisons: list[Comparison], params: Params) -> str:
     parts = []
     for comparison in comparisons:
         kept = params.evaluation.kept
-        parts.append(f"### {comparison.adaptation}\n\n{table(COLUMNS, table_rows(comparison))}")
-        target, reference = comparison.matched_target, params.report.reference
-        parts.append(f"\n\\* at target accuracy {target:.2f}, what {reference} reaches; – where a method does not.\n\n")
-        parts.append(f"{table(('method', *kept), kept_rows(comparison, kept))}\n")
-    return "".join(parts)
+        reference = params.report.reference
+        parts += [f"### {comparison.adaptation}\n", table(COLUMNS, table_rows(comparison, reference))]
+        parts += [f"\\* {matched_note(reference)}\n", table(("method", *kept), kept_rows(comparison, kept))]
+        parts += [f"{PAIRS_NOTE}\n", table(("method", *comparison.arms), pair_rows(comparison))]
+    return "\n".join(parts)
+
+
+def matched_note(reference: str) -> str:
+    """What the starred columns mean."""
+    return (
+        f"on the frontier over rates and checkpoints, at the target accuracy of {reference} or the highest that the "
+        f"method also reaches: kept accuracy and what it gains over {reference}'s, KL and how many times smaller it is"
+    )
+
+
+def pair_rows(comparison: Comparison) -> list[list[str]]:
+    """Every method (row) against every other (column) as cells, after ``PAIRS_NOTE``."""
+    return [
+        [name, *(_pair(arm.matches[other]) if other in arm.matches else "" for other in comparison.arms)]
+        for name, arm in comparison.arms.items()
+    ]
+
+
+def _pair(match: Match) -> str:
+    return f"{match.kept_gain:+.2f}, {match.kl_ratio:.1f}×"
 
 
 def kept_rows(comparison: Comparison, kept: list[str]) -> list[list[str]]:
     """Accuracy of each kept task as cells, one row a method."""
     return [
-        [method, *(f"{_summary_row(comparison, method)[f'kept/{name}']:.2f}" for name in kept)]
-        for method in (BASE, *comparison.arms)
+        [method, *(f"{figures[f'kept/{name}']:.2f}" for name in kept)]
+        for method, figures in {BASE: comparison.base, **{n: a.figures for n, a in comparison.arms.items()}}.items()
     ]
 
 
@@ -208,8 +233,8 @@ def page(comparisons: list[Comparison], chart: alt.TopLevelMixin, params: Params
     adaptations = [
         {
             "name": comparison.adaptation,
-            "matched_target": comparison.matched_target,
-            "rows": table_rows(comparison),
+            "rows": table_rows(comparison, params.report.reference),
+            "pairs": pair_rows(comparison),
             "kept_rows": kept_rows(comparison, kept),
         }
         for comparison in comparisons
@@ -218,7 +243,8 @@ def page(comparisons: list[Comparison], chart: alt.TopLevelMixin, params: Params
         comparison=adaptations,
         columns=COLUMNS,
         kept=kept,
-        reference=params.report.reference,
+        matched_note=matched_note(params.report.reference),
+        pairs_note=PAIRS_NOTE,
         chart=Markup(chart.to_html(inline=True, fullhtml=False)),
     )
 
