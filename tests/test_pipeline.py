@@ -94,6 +94,7 @@ def test_report_metrics_and_tracking(by_dvc: Path) -> None:
     metrics = json.loads((by_dvc / "results/report/metrics.json").read_text())
     assert metrics["arms"].keys() == {"lora", "folora-replay"}
     assert {"lr", "target", "kept", "kl", "perplexity"} <= metrics["arms"]["lora"].keys()
+    assert "Infinity" not in (by_dvc / "results/report/metrics.json").read_text()
     shown = json.loads(run(by_dvc, "dvc", "metrics", "show", "--json"))
     assert shown[""]["data"]["results/report/metrics.json"]["data"] == metrics
     assert "frontier.csv" in run(by_dvc, "dvc", "plots", "show", "--json")

@@ -86,7 +86,13 @@ def test_metrics(report: Path) -> None:
     assert folora.items() >= {"lr": 0.01, "target": 0.7, "kept": 0.65, "kl": 0.3, "perplexity": 5.3}.items()
     # at LoRA's target accuracy, halfway between its own two checkpoints
     expected = {"target": 0.6, "kept": 0.7, "kl": 0.2, "kept_gain": 0.3, "kl_ratio": 5.0}
-    assert folora["against"] == {"lora": pytest.approx(expected)}
+    for name, value in expected.items():
+        assert folora[f"matched_{name}"] == pytest.approx(value)
+        assert lora[f"matched_{name}"] is None
+    with (report / "matches.csv").open() as file:
+        pairs = {(row["method"], row["other"]): row for row in csv.DictReader(file)}
+    assert pairs.keys() == {("lora", "folora-replay"), ("folora-replay", "lora")}
+    assert float(pairs["lora", "folora-replay"]["kept_gain"]) == pytest.approx(-0.3)
     assert lora.keys() == folora.keys()
 
 
@@ -94,7 +100,7 @@ def test_several_adaptations_are_averaged() -> None:
     records = [record(run, m, rate, c, "x") for run, (m, rate, cs) in RESULTS.items() for c in cs]
     base = record("base", "base", 0.0, (0, 0.1, 0.1, 0.9, 0.0), "x")
     better = [row | {"target": row["target"] + 0.1} for row in records]
-    found = metrics([compare("x", base, records, "lora"), compare("y", base, better, "lora")])
+    found = metrics([compare("x", base, records, "lora"), compare("y", base, better, "lora")], "lora")
     assert found["arms"]["lora"]["target"] == pytest.approx(0.65)
     assert found["arms"]["folora-replay"]["kl"] == pytest.approx(0.3)
     assert [one["arms"]["lora"]["target"] for one in found["adaptations"].values()] == [0.6, 0.7]

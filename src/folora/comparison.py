@@ -25,14 +25,14 @@ class Match:
         kept: kept accuracy of the first there.
         kl: KL of the first there.
         kept_gain: how much more the first keeps than the second.
-        kl_ratio: how many times smaller the first's KL is.
+        kl_ratio: how many times smaller the first's KL is; None where it is zero, as the base model's.
     """
 
     target: float
     kept: float
     kl: float
     kept_gain: float
-    kl_ratio: float
+    kl_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def match(first: list[list[Point]], second: list[list[Point]], targets: list[flo
         target = min(wanted, max(p.target for p in own), max(p.target for p in others))
         rows.append((target, *at_target(own, target), *at_target(others, target)))
     target, kept, kl, other_kept, other_kl = (fmean(column) for column in zip(*rows, strict=True))
-    return Match(target, kept, kl, kept - other_kept, other_kl / kl if kl > 0 else float("inf"))
+    return Match(target, kept, kl, kept - other_kept, other_kl / kl if kl > 0 else None)
 
 
 def points(base: Record, records: list[Record], method: str, seed: int) -> list[Point]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 BASE = "base"
 COLUMNS = ("method", "rate", "target", "kept", "KL", "ppl", "target*", "kept*", "gain*", "KL*", "ratio*")
-MATCHES = ("target", "kept", "kl", "kept_gain", "kl_ratio")
 PAIRS_NOTE = (
     "Every method (row) against every other (column) where both have the same target accuracy, that of the reference "
     "or the highest that both reach: what it keeps more, and how many times smaller its KL is."
@@ -56,8 +55,9 @@ def write_report(params: Params, evaluations: Path, output: Path) -> None:
     text = summary(comparisons, params, output)
     with publish(output) as folder:
         folder.mkdir()
-        write_json(folder / "metrics.json", metrics(comparisons))
+        write_json(folder / "metrics.json", metrics(comparisons, reference))
         _write_csv(folder / "frontier.csv", rows)
+        _write_csv(folder / "matches.csv", match_rows(comparisons))
         _write_csv(
             folder / "summary.csv", [_summary_row(c, m, reference) for c in comparisons for m in (BASE, *c.arms)]
         )
@@ -73,7 +73,7 @@ def _read(path: Path) -> list[Record]:
     return table.to_pylist()
 
 
-def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
+def metrics(comparisons: list[Comparison], reference: str) -> dict[str, Any]:
     """``{"base", "arms"}``; of several adaptations their means, and each by itself under ``adaptations``."""
     each: dict[str, dict[str, Any]] = {
         c.adaptation: {
@@ -81,7 +81,7 @@ def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
             "arms": {
                 arm.method: {"lr": arm.learning_rate}
                 | {name: arm.figures[name] for name in ("target", "kept", "kl", "perplexity")}
-                | {"against": {other: asdict(match) for other, match in arm.matches.items()}}
+                | _matched(arm.matches.get(reference))
                 for arm in c.arms.values()
             },
         }
@@ -95,6 +95,22 @@ def metrics(comparisons: list[Comparison]) -> dict[str, Any]:
         "arms": {method: _means([one["arms"][method] for one in each.values()]) for method in shared},
         "adaptations": each,
     }
+
+
+def _matched(match: Match | None) -> dict[str, float | None]:
+    """A match as columns; empty cells for a method without one, as the reference itself."""
+    return {f"matched_{field.name}": getattr(match, field.name, None) for field in fields(Match)}
+
+
+def match_rows(comparisons: list[Comparison]) -> list[Record]:
+    """One row for each ordered pair of methods."""
+    names = ["adaptation", "method", "other", *(field.name for field in fields(Match))]
+    return [
+        dict(zip(names, (c.adaptation, arm.method, other, *asdict(match).values()), strict=True))
+        for c in comparisons
+        for arm in c.arms.values()
+        for other, match in arm.matches.items()
+    ]
 
 
 def _means(tables: list[dict[str, Any]]) -> dict[str, float]:
@@ -120,7 +136,7 @@ def checkpoint_rows(bases: dict[str, Record], records: list[Record]) -> list[Rec
 
 def _write_csv(path: Path, rows: list[Record]) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
 
@@ -134,7 +150,7 @@ def _summary_row(comparison: Comparison, method: str, reference: str) -> Record:
         "method": method,
         "learning_rate": arm.learning_rate if arm else None,
         **values,
-        **{f"matched_{name}": getattr(match, name) if match else None for name in MATCHES},
+        **_matched(match),
     }
 
 
@@ -212,7 +228,8 @@ def pair_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _pair(match: Match) -> str:
-    return f"{match.kept_gain:+.2f}, {match.kl_ratio:.1f}×"
+    ratio = "–" if match.kl_ratio is None else f"{match.kl_ratio:.1f}×"
+    return f"{match.kept_gain:+.2f}, {ratio}"
 
 
 def kept_rows(comparison: Comparison, kept: list[str]) -> list[list[str]]:
