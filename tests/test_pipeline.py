@@ -133,6 +133,7 @@ def test_a_killed_run_is_finished_by_the_other_runner(by_dvc: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert {LORA, FOLORA} & stale(workspace)
+    run(workspace, "snakemake", "--unlock")  # a killed Snakemake leaves its lock behind, and says so
     run(workspace, "dvc", "repro")
     assert stale(workspace) == set()
     assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "2")
