@@ -3,6 +3,7 @@
 # DVC decides what is stale, Snakemake only in which order it runs. A stage that is neither stale nor below a stale one
 # sees its inputs as ancient; a stale stage gets a marker file, newer than its outputs, as an input. Each job records
 # its stage with DVC when it ends, so that after either runner the other finds nothing to do.
+import shutil
 from pathlib import Path
 
 from folora.dag import below, is_folder, resolve_stages, stale_stages
@@ -15,6 +16,10 @@ STAGES = resolve_stages(ROOT)
 STALE = stale_stages(ROOT) & STAGES.keys() if workflow.is_main_process else set()
 UNSETTLED = below(STAGES, STALE)
 EVERY_OUTPUT = [path for stage in STAGES.values() for path in stage.outputs]
+
+if workflow.is_main_process:
+    # what a killed job left incomplete is stale to DVC, unless the other runner has finished it since
+    shutil.rmtree(".snakemake/incomplete", ignore_errors=True)
 
 MARKERS.mkdir(parents=True, exist_ok=True)
 for name in STALE:
