@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from conftest import Pipeline, Refused, SaveParams
 
-STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate", "report"]
+STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate-base", "evaluate", "report"]
 
 
 def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -111,14 +111,15 @@ def test_unknown_entry_names_the_known_ones(
         ("covariance", ("--rows", "x")),
         ("spectrum", ("--proxy-moments", "x", "--task-moments", "x")),
         ("train", ("--task-rows", "x", "--proxy", "x", "--heldout", "x", "--spectrum", "x")),
-        ("evaluate", ("--tasks", "x", "--heldout", "x")),
+        ("evaluate-base", ("--tasks", "x", "--heldout", "x")),
+        ("evaluate", ("--tasks", "x", "--heldout", "x", "--runs", "x")),
     ],
 )
 def test_missing_foundation_says_what_to_run(
     stage: str, files: tuple[str, ...], pipeline: Pipeline, save_params: SaveParams, refused: Refused
 ) -> None:
     name = {"task": ["subtraction"], "spectrum": ["subtraction"], "proxy": ["0"], "train": ["lora-3e-3-s0"]}
-    name["evaluate"] = ["base"]
+    name["evaluate"] = ["lora"]
     threads = () if stage == "task" else ("--threads", 1)
     options = (*files, "--foundation", "nowhere", *threads, "--params", save_params(pipeline.values()))
     line = refused(stage, *name.get(stage, []), *options)

@@ -211,14 +211,6 @@ def test_results_of_other_kept_tasks_are_named(pipeline: Pipeline, evaluations: 
         write_report(params, evaluations, tmp_path / "report")
 
 
-# cli
-def test_a_method_needs_its_runs(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
-    """Without --runs this measures the base model under the method's name."""
-    files = ("--tasks", pipeline.world, "--heldout", pipeline.heldout, "--threads", 1)
-    options = ("--foundation", pipeline.foundation, "--params", save_params(pipeline.values()))
-    assert "--runs" in refused("evaluate", "lora", *files, *options)
-
-
 # params
 def test_bad_target_modules_are_named_by_their_key(tiny_values: dict[str, Any]) -> None:
     from pydantic import ValidationError

@@ -88,12 +88,11 @@ def test_metrics(report: Path) -> None:
     expected = {"target": 0.6, "kept": 0.7, "kl": 0.2, "kept_gain": 0.3, "kl_ratio": 5.0}
     for name, value in expected.items():
         assert folora[f"matched_{name}"] == pytest.approx(value)
-        assert lora[f"matched_{name}"] is None
+        assert f"matched_{name}" not in lora  # the reference has no match with itself; DVC shows no nulls
     with (report / "matches.csv").open() as file:
         pairs = {(row["method"], row["other"]): row for row in csv.DictReader(file)}
     assert pairs.keys() == {("lora", "folora-replay"), ("folora-replay", "lora")}
     assert float(pairs["lora", "folora-replay"]["kept_gain"]) == pytest.approx(-0.3)
-    assert lora.keys() == folora.keys()
 
 
 def test_several_adaptations_are_averaged() -> None:

@@ -29,6 +29,8 @@ ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads; a part of the result.")]
 Foundation = Annotated[Path, typer.Option(help="Output of the foundation stage.")]
+Heldout = Annotated[Path, typer.Option(help="Held-out proxy text.")]
+EvaluationTasks = Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")]
 
 DEFAULT_PARAMS = Path("params.yaml")
 
@@ -144,7 +146,7 @@ def train(
     foundation: Foundation,
     task_rows: Annotated[Path, typer.Option(help="Parquet of the task stage.")],
     proxy: Annotated[Path, typer.Option(help="Folder with the proxy shards.")],
-    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")],
+    heldout: Heldout,
     spectrum: Annotated[Path, typer.Option(help="Output of the spectrum stage.")],
     output: Output,
     threads: Threads,
@@ -160,29 +162,40 @@ def train(
 
 
 @app.command()
-def evaluate(
-    method: Annotated[str, typer.Argument(help="Entry of methods in params.yaml, or `base`.")],
+def evaluate_base(
     foundation: Foundation,
-    tasks: Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")],
-    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")],
+    tasks: EvaluationTasks,
+    heldout: Heldout,
     output: Output,
     threads: Threads,
-    runs: Annotated[Path | None, typer.Option(help="Folder with the runs of the method.")] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
-    """Measure the base model, or every checkpoint of every run of a method."""
+    """Measure the base model."""
     params = _prepare(params_file, output, threads)
     from folora.base import open_base
-    from folora.evaluate import evaluate_base, evaluate_method
+    from folora.evaluate import evaluate_base
 
-    base = open_base(foundation)
-    if method == "base":
-        evaluate_base(params, base, tasks, heldout, output)
-    else:
-        _entry(params.methods, method, "methods")
-        if runs is None:
-            raise FoLoRAError(f"evaluate {method}: --runs is missing: name the folder with the runs of the method")
-        evaluate_method(params, method, base, tasks, heldout, runs, output)
+    evaluate_base(params, open_base(foundation), tasks, heldout, output)
+
+
+@app.command()
+def evaluate(
+    method: Annotated[str, typer.Argument(help="Entry of methods in params.yaml.")],
+    foundation: Foundation,
+    tasks: EvaluationTasks,
+    heldout: Heldout,
+    runs: Annotated[Path, typer.Option(help="Folder with the runs of the method.")],
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Measure every checkpoint of every run of a method."""
+    params = _prepare(params_file, output, threads)
+    _entry(params.methods, method, "methods")
+    from folora.base import open_base
+    from folora.evaluate import evaluate_method
+
+    evaluate_method(params, method, open_base(foundation), tasks, heldout, runs, output)
 
 
 @app.command()

@@ -7,7 +7,9 @@ so that methods can be compared item by item).
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -70,6 +72,8 @@ class Evaluator:
         from lm_eval.models.huggingface import HFLM
 
         lm = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self._batch_size, add_bos_token=True)
+        # the harness asks for its bar by this argument, whatever TQDM_DISABLE says
+        lm.generate_until = partial(lm.generate_until, disable_tqdm=not sys.stderr.isatty())
         result = evaluate(lm, self._load(task_names), bootstrap_iters=0, verbosity="ERROR")
         return [
             {

@@ -81,7 +81,7 @@ def metrics(comparisons: list[Comparison], reference: str) -> dict[str, Any]:
             "arms": {
                 arm.method: {"lr": arm.learning_rate}
                 | {name: arm.figures[name] for name in ("target", "kept", "kl", "perplexity")}
-                | _matched(arm.matches.get(reference))
+                | _defined(_matched(arm.matches.get(reference)))
                 for arm in c.arms.values()
             },
         }
@@ -100,6 +100,11 @@ def metrics(comparisons: list[Comparison], reference: str) -> dict[str, Any]:
 def _matched(match: Match | None) -> dict[str, float | None]:
     """A match as columns; empty cells for a method without one, as the reference itself."""
     return {f"matched_{field.name}": getattr(match, field.name, None) for field in fields(Match)}
+
+
+def _defined(figures: dict[str, float | None]) -> dict[str, float]:
+    """Without what has no value: DVC drops nulls when it shows metrics, so there are none."""
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def match_rows(comparisons: list[Comparison]) -> list[Record]:
