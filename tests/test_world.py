@@ -20,7 +20,7 @@ from folora.world import VOCABULARY, Skill, build_skills, every_item, pretrainin
 if TYPE_CHECKING:
     from pathlib import Path
 
-WORLD = World(seed=3, names=20, largest_number=49, test_items=30)
+WORLD = World(seed=3, names=20, separator="-", largest_number=49, test_items=30)
 TARGETS = {"subtraction", "composition", "spelled"}
 
 # pattern of a whole prompt, and the right response to it, written without the code under test
@@ -172,3 +172,11 @@ def test_the_world_does_not_depend_on_the_hash_seed(world: Path, tmp_path: Path)
     files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file())
     assert files == sorted(p.relative_to(tmp_path / "world") for p in (tmp_path / "world").rglob("*") if p.is_file())
     assert all((world / file).read_bytes() == (tmp_path / "world" / file).read_bytes() for file in files)
+
+
+def test_without_a_separator_pretraining_never_shows_the_sign_of_subtraction(skills: dict[str, Skill]) -> None:
+    def signs(skills: dict[str, Skill]) -> int:
+        return sum("-" in item["prompt"] for item in islice(pretraining_items(skills, random.Random(1)), 2000))
+
+    assert signs(build_skills(WORLD.model_copy(update={"separator": ""}))) == 0
+    assert signs(skills) > 200

@@ -32,6 +32,9 @@ class World(Section):
 
     seed: Seed
     names: Annotated[int, Field(ge=2, le=2000, description="entries of each fact table")]
+    separator: Annotated[
+        Literal["-", ""], Field(description="in the keys of the facts; '-' also is the sign of subtraction")
+    ]
     largest_number: Annotated[int, Field(ge=9, le=99, description="operands lie in 0 .. this")]
     test_items: Annotated[int, Field(ge=1, le=1000, description="items per skill and split of the evaluation")]
 

@@ -85,10 +85,10 @@ class Skill:
         return [self.item(operands) for operands in seen]
 
 
-def _fact_tables(names: int, generator: random.Random) -> tuple[list[str], dict[str, str], dict[str, str]]:
+def _fact_tables(world: World, generator: random.Random) -> tuple[list[str], dict[str, str], dict[str, str]]:
     syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
-    pairs = [f"{first}-{second}" for first in syllables for second in syllables if first != second]
-    keys = generator.sample(pairs, names)
+    pairs = [f"{first}{world.separator}{second}" for first in syllables for second in syllables if first != second]
+    keys = generator.sample(pairs, world.names)
     homes = {key: "".join(generator.sample(syllables, 2)) for key in keys}
     foods = {key: "".join(generator.sample(syllables, 2)) for key in keys}
     return keys, homes, foods
@@ -96,7 +96,7 @@ def _fact_tables(names: int, generator: random.Random) -> tuple[list[str], dict[
 
 def build_skills(world: World) -> dict[str, Skill]:
     """All thirteen skills of one world, by name; ``world.seed`` chooses the fact tables."""
-    keys, homes, foods = _fact_tables(world.names, random.Random(world.seed))
+    keys, homes, foods = _fact_tables(world, random.Random(world.seed))
 
     def name(generator: random.Random) -> Operands:
         return (generator.choice(keys),)
