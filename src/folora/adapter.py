@@ -1,15 +1,29 @@
-"""The LoRA adapter: made by PEFT, saved as PEFT saves it."""
+"""What training changes: the model with its adapter, layer by layer, and how the change is saved and loaded.
+
+Every checkpoint is a change of the untouched base model. A method that takes a part s B₀A₀ out of the base weights
+before training (PiSSA, CorDA, ...) computes W - s B₀A₀ + s B A, which is plain LoRA of twice the rank:
+
+    ΔW = s (B A - B₀A₀) = s [B, -B₀] [A; A₀]
+
+A method whose change has full rank is saved as the changed weights themselves.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from folora.errors import FoLoRAError
-from folora.methods.base import LayerGroup, LoRALayer
-from folora.storage import write_json
+from folora.storage import read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from peft import PeftModel
@@ -17,55 +31,289 @@ if TYPE_CHECKING:
 
     from folora.base import Base
     from folora.params import Adapter
-    from folora.spectrum import Spectrum
+    from folora.spectrum import LayerSpectrum, Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
+WEIGHTS_FILE = "weights.safetensors"
 
 
-def add_adapter(model: PreTrainedModel, settings: Adapter, spectrum: Spectrum, base: Base) -> PeftModel:
-    """Add a LoRA adapter to every layer of the spectrum; A is drawn from torch's global generator, B is zero."""
+@dataclass(frozen=True)
+class Context:
+    """What a method may build its adapter from.
+
+    Attributes:
+        settings: rank, alpha and target modules.
+        spectrum: basis, eigenvalues and moments of every layer input.
+        base: where the model comes from.
+        proxy: token ids of the text sampled from the base model, BOS first.
+    """
+
+    settings: Adapter
+    spectrum: Spectrum
+    base: Base
+    proxy: list[list[int]]
+
+
+@dataclass
+class LoRALayer:
+    """One adapted linear layer, y = W x + s B A x.
+
+    Attributes:
+        name: module name in the base model.
+        A: (r, d) parameter.
+        B: (m, r) parameter.
+        weight: (m, d), W of the base model.
+        scaling: s.
+        taken: (A₀, B₀), whose product s B₀A₀ was taken out of the base weights, or None.
+        projectors: (m, m) on the left of B and (d, d) on the right of A, or None.
+    """
+
+    name: str
+    A: nn.Parameter
+    B: nn.Parameter
+    weight: Tensor
+    scaling: float
+    taken: tuple[Tensor, Tensor] | None = None
+    projectors: tuple[Tensor, Tensor] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(left (m, k), right (k, d)) with ΔW = s · left · right; k is r, or 2r where a part was taken out."""
+        left: Tensor = self.B
+        right: Tensor = self.A
+        if self.projectors is not None:
+            left, right = self.projectors[0] @ left, right @ self.projectors[1]
+        if self.taken is None:
+            return left, right
+        A0, B0 = self.taken
+        if not self.A.requires_grad:  # a frozen A keeps its row space, so rank r is enough
+            return left - B0, right
+        return torch.cat([left, -B0], dim=1), torch.cat([right, A0])
+
+
+@dataclass
+class DenseLayer:
+    """One linear layer whose weight changes as a whole.
+
+    Attributes:
+        name: module name in the base model.
+        weight: (m, d), W of the base model.
+        current: returns the weight as it stands, (m, d).
+    """
+
+    name: str
+    weight: Tensor
+    current: Callable[[], Tensor]
+    scaling: float = 1.0
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(ΔW, I)."""
+        change = self.current() - self.weight
+        return change, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
+
+
+Layer = LoRALayer | DenseLayer
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """The adapted layers that read one input, with the spectrum of that input."""
+
+    layers: list[Any]  # of LoRALayer, or all of DenseLayer
+    spectrum: LayerSpectrum
+
+
+class AdaptedModel:
+    """A model ready to train.
+
+    Attributes:
+        model: what the Trainer trains.
+        groups: the adapted layers by the input they read.
+        regulariser: a scalar that joins the loss of every step, or None.
+    """
+
+    def __init__(self, model: Any, groups: list[LayerGroup]) -> None:
+        self.model = model
+        self.groups = groups
+        self.regulariser: Callable[[], Tensor] | None = None
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for group in self.groups for layer in group.layers]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes, in the model's order."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def moved(self) -> bool:
+        """Whether any layer differs from the base model's."""
+        return any(bool((left @ right).any()) for left, right in (layer.factors() for layer in self.layers))
+
+    @torch.no_grad()
+    def base_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the base model on a batch, without gradients, (batch, length, vocabulary)."""
+        training = self.model.training
+        self.model.eval()
+        with self._as_base():
+            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        self.model.train(training)
+        return logits
+
+    def save(self, folder: Path) -> None:
+        """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        """Within the block the model computes what the base model does."""
+        modules = dict(self.model.named_modules())
+        linear = [(linear_of(modules[self._prefix + layer.name]), layer.weight) for layer in self.layers]
+        edited = [module.weight.data for module, _ in linear]
+        for module, weight in linear:
+            module.weight.data = weight
+        try:
+            yield
+        finally:
+            for (module, _), weight in zip(linear, edited, strict=True):
+                module.weight.data = weight
+
+    _prefix = ""
+
+
+class LoRAModel(AdaptedModel):
+    """A PEFT model whose change PEFT can save and load: LoRA, or DoRA."""
+
+    _prefix = "base_model.model."
+
+    @torch.no_grad()
+    def take_out(self) -> None:
+        """Keep the function at the base model's: W ← W - s B₀A₀ wherever the start has a B₀ that is not zero."""
+        modules = dict(self.model.get_base_model().named_modules())
+        for layer in self.layers:
+            if isinstance(layer, LoRALayer) and layer.B.any():
+                layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
+                linear_of(modules[layer.name]).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
+
+    @contextmanager
+    def _as_base(self) -> Iterator[None]:
+        with super()._as_base(), self.model.disable_adapter():
+            yield
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        """Save the adapter so that ``PeftModel.from_pretrained`` loads it on the untouched base model."""
+        lora = [layer for layer in self.layers if isinstance(layer, LoRALayer)]
+        if any(layer.taken or layer.projectors for layer in lora):
+            _save_factors(self.model.peft_config[NAME], lora, folder)
+        else:
+            self.model.save_pretrained(str(folder))
+            (folder / "README.md").unlink(missing_ok=True)  # an empty template
+        config = folder / "adapter_config.json"
+        content = json.loads(config.read_text())
+        # PEFT keeps the names in a set, whose order changes with the hash seed
+        content["target_modules"] = sorted(content["target_modules"])
+        write_json(config, content)
+
+
+def _save_factors(config: Any, layers: list[LoRALayer], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for layer in layers:
+        left, right = layer.factors()
+        tensors[f"base_model.model.{layer.name}.lora_A.weight"] = right.detach().contiguous()
+        tensors[f"base_model.model.{layer.name}.lora_B.weight"] = left.detach().contiguous()
+    rank = right.shape[0]
+    config = copy.copy(config)
+    config.r, config.lora_alpha = rank, round(layers[0].scaling * rank)  # s = alpha / r stays what it was
+    config.init_lora_weights = config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class DenseModel(AdaptedModel):
+    """A model whose linear layers change as a whole; a checkpoint holds their weights."""
+
+    @torch.no_grad()
+    def save(self, folder: Path) -> None:
+        weights = {layer.name: layer.current() for layer in self.layers if isinstance(layer, DenseLayer)}
+        write_tensors(folder / WEIGHTS_FILE, weights, {"artefact": "weights"})
+
+
+def linear_of(module: nn.Module) -> Any:
+    """The plain linear layer of a module, which PEFT may have wrapped."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAModel:
+    """Add LoRA to every layer of the spectrum; A is drawn from torch's global generator, B is zero.
+
+    Args:
+        model: the base model.
+        context: names the layers and their spectra.
+        options: further fields of PEFT's ``LoraConfig``.
+    """
     from peft import LoraConfig, get_peft_model
 
+    names = [name for group in context.spectrum.groups.values() for name in group]
+    modules = dict(model.named_modules())
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise FoLoRAError(f"adapter: layer {missing[0]} of the spectrum is not in the model: run the spectrum stage again")
+    # PEFT's own starts edit the weights in place
+    edits = "init_lora_weights" in options
+    weights = {name: modules[name].weight.detach().clone() if edits else modules[name].weight for name in names}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=settings.alpha,
+        r=context.settings.rank,
+        lora_alpha=context.settings.alpha,
         lora_dropout=0.0,
-        target_modules=[name for names in spectrum.groups.values() for name in names],
-        revision=base.manifest["commit"],
+        target_modules=names,
+        revision=context.base.manifest["commit"],
+        **options,
     )
-    model.name_or_path = base.manifest["source"] or str(base.folder)
-    return get_peft_model(model, config)
-
-
-def layer_groups(model: PeftModel, spectrum: Spectrum) -> list[LayerGroup]:
-    """The adapter's factors, grouped by the input they read.
-
-    Raises:
-        FoLoRAError: a layer of the spectrum carries no LoRA factors.
-    """
-    modules = dict(model.get_base_model().named_modules())
+    model.name_or_path = context.base.manifest["source"] or str(context.base.folder)
+    adapted = get_peft_model(model, config)
+    wrapped = dict(adapted.get_base_model().named_modules())
 
     def layer(name: str) -> LoRALayer:
-        module = modules.get(name)
-        if module is None or NAME not in getattr(module, "lora_A", {}):
-            raise FoLoRAError(f"adapter: layer {name} of the spectrum was not adapted: run the spectrum stage again")
-        return LoRALayer(
-            A=module.lora_A[NAME].weight,
-            B=module.lora_B[NAME].weight,
-            weight=module.get_base_layer().weight,
-            scaling=module.scaling[NAME],
-        )
+        module: Any = wrapped[name]
+        factors = module.lora_A[NAME].weight, module.lora_B[NAME].weight
+        return LoRALayer(name, *factors, weights[name], module.scaling[NAME])
 
-    return [LayerGroup([layer(n) for n in names], spectrum.inputs[leader]) for leader, names in spectrum.groups.items()]
+    return LoRAModel(adapted, grouped(context.spectrum, layer))
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save the adapter so that ``PeftModel.from_pretrained`` loads it, with the same bytes every time."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # an empty template
-    config = folder / "adapter_config.json"
-    content = json.loads(config.read_text())
-    # PEFT keeps the names in a set, whose order changes with the hash seed
-    content["target_modules"] = sorted(content["target_modules"])
-    write_json(config, content)
+def grouped(spectrum: Spectrum, layer: Callable[[str], Layer]) -> list[LayerGroup]:
+    """Make the layers of the spectrum, grouped by the input they read."""
+    return [
+        LayerGroup([layer(name) for name in names], spectrum.inputs[leader])
+        for leader, names in spectrum.groups.items()
+    ]
+
+
+def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:
+    """Load a saved change on a base model, or in place of the change of the same method that is already on it.
+
+    Raises:
+        FoLoRAError: the checkpoint is damaged.
+    """
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
+
+    if (checkpoint / WEIGHTS_FILE).exists():
+        weights, _ = read_tensors(checkpoint / WEIGHTS_FILE, artefact="weights")
+        for name, weight in weights.items():
+            model.get_submodule(name).weight.data = weight
+        return model
+    try:
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, checkpoint).eval()
+        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FoLoRAError(
+            f"{checkpoint}: damaged or incomplete ({error}): delete its run and train it again"
+        ) from error
+    return model
