@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,8 @@ class AdaptedModel:
         self.regulariser: Callable[[], Tensor] | None = None
 
     @property
-    def layers(self) -> list[Layer]:
+    def layers(self) -> list[Any]:
+        """All adapted layers, of the type their groups hold."""
         return [layer for group in self.groups for layer in group.layers]
 
     @property
@@ -164,41 +165,37 @@ class AdaptedModel:
         """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
         raise NotImplementedError
 
+    def linear(self, layer: Layer) -> Any:
+        """The plain linear module of a layer, which PEFT may have wrapped."""
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        module = base.get_submodule(layer.name)
+        return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
     @contextmanager
     def _as_base(self) -> Iterator[None]:
         """Within the block the model computes what the base model does."""
-        modules = dict(self.model.named_modules())
-        linear = [(linear_of(modules[self._prefix + layer.name]), layer.weight) for layer in self.layers]
-        edited = [module.weight.data for module, _ in linear]
-        for module, weight in linear:
-            module.weight.data = weight
+        modules = [self.linear(layer) for layer in self.layers]
+        edited = [module.weight.data for module in modules]
+        for module, layer in zip(modules, self.layers, strict=True):
+            module.weight.data = layer.weight.detach()
         try:
-            yield
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+                yield
         finally:
-            for (module, _), weight in zip(linear, edited, strict=True):
+            for module, weight in zip(modules, edited, strict=True):
                 module.weight.data = weight
-
-    _prefix = ""
 
 
 class LoRAModel(AdaptedModel):
     """A PEFT model whose change PEFT can save and load: LoRA, or DoRA."""
 
-    _prefix = "base_model.model."
-
     @torch.no_grad()
     def take_out(self) -> None:
         """Keep the function at the base model's: W ← W - s B₀A₀ wherever the start has a B₀ that is not zero."""
-        modules = dict(self.model.get_base_model().named_modules())
         for layer in self.layers:
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
-                linear_of(modules[layer.name]).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
-
-    @contextmanager
-    def _as_base(self) -> Iterator[None]:
-        with super()._as_base(), self.model.disable_adapter():
-            yield
+                self.linear(layer).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -242,11 +239,6 @@ class DenseModel(AdaptedModel):
         write_tensors(folder / WEIGHTS_FILE, weights, {"artefact": "weights"})
 
 
-def linear_of(module: nn.Module) -> Any:
-    """The plain linear layer of a module, which PEFT may have wrapped."""
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
-
-
 def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAModel:
     """Add LoRA to every layer of the spectrum; A is drawn from torch's global generator, B is zero.
 
@@ -261,10 +253,14 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
     modules = dict(model.named_modules())
     missing = [name for name in names if name not in modules]
     if missing:
-        raise FoLoRAError(f"adapter: layer {missing[0]} of the spectrum is not in the model: run the spectrum stage again")
+        raise FoLoRAError(
+            f"adapter: layer {missing[0]} of the spectrum is not in the model: run the spectrum stage again"
+        )
     # PEFT's own starts edit the weights in place
     edits = "init_lora_weights" in options
-    weights = {name: modules[name].weight.detach().clone() if edits else modules[name].weight for name in names}
+    weights = {name: modules[name].weight.detach() for name in names}
+    if edits:
+        weights = {name: weight.clone() for name, weight in weights.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=context.settings.rank,

@@ -199,6 +199,28 @@ def evaluate(
 
 
 @app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """List every kind of method: its paper, what it trains and freezes, what it exports (--json: and its options)."""
+    import json
+
+    from folora.methods import describe_kinds
+
+    kinds = describe_kinds()
+    if as_json:
+        print(json.dumps(kinds, indent=2, ensure_ascii=False))
+        return
+    from rich import box
+    from rich import print as show
+    from rich.table import Table
+
+    columns = [name for name in kinds[0] if name != "options"]
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for kind in kinds:
+        table.add_row(*(kind[name] for name in columns))
+    show(table)
+
+
+@app.command()
 def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from folora.adapter import load_checkpoint
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
@@ -147,14 +148,14 @@ def evaluate_method(
     evaluator = Evaluator(params, base, tasks, heldout)
     metrics: list[Record] = []
     answers: list[Record] = []
-    model: PeftModel | None = None
+    model: PreTrainedModel | PeftModel = evaluator.model
     for name, run in params.runs_of(method).items():
         manifest = read_json(runs / name / MANIFEST_FILE)
         check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
         results = []
         for checkpoint in checkpoints_of(runs / name):
-            model = load_checkpoint(model or evaluator.model, checkpoint)
+            model = load_checkpoint(model, checkpoint)
             key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
             key |= {"seed": run.seed, "step": int(checkpoint.name)}
             record, answered = _measure(evaluator, model, run, params, checkpoint)
@@ -178,24 +179,8 @@ def checkpoints_of(run: Path) -> list[Path]:
     return found
 
 
-def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PeftModel:
-    """Load an adapter on a base model, or in place of the adapter that is already on it."""
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-    from safetensors import SafetensorError
-
-    try:
-        if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, checkpoint).eval()
-        set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FoLoRAError(
-            f"{checkpoint}: damaged or incomplete ({error}): delete its run and train it again"
-        ) from error
-    return model
-
-
 def _measure(
-    evaluator: Evaluator, model: PeftModel, run: Run, params: Params, checkpoint: Path
+    evaluator: Evaluator, model: PreTrainedModel | PeftModel, run: Run, params: Params, checkpoint: Path
 ) -> tuple[Record, list[Record]]:
     settings = params.tasks[run.task]
     divergence = evaluator.divergence(model)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from folora.methods.base import LayerGroup, LoRALayer
+    from folora.adapter import Layer, LayerGroup
 
 
-def change(layer: LoRALayer, moment: Tensor) -> Tensor:
-    """tr(ΔW C ΔWᵀ) of one layer, a scalar, in O(r d² + r² (d + m)): ΔW is never formed."""
-    inner = layer.A @ moment @ layer.A.mT  # (r, r)
-    return layer.scaling**2 * ((layer.B.mT @ layer.B) * inner).sum()
+def change(layer: Layer, moment: Tensor) -> Tensor:
+    """tr(ΔW C ΔWᵀ) of one layer, a scalar, in O(k d² + k² (d + m)) for factors of rank k."""
+    left, right = layer.factors()
+    inner = right @ moment @ right.mT  # (k, k)
+    return layer.scaling**2 * ((left.mT @ left) * inner).sum()
 
 
-def output_energy(layer: LoRALayer, moment: Tensor) -> Tensor:
+def output_energy(layer: Layer, moment: Tensor) -> Tensor:
     """tr(W C Wᵀ) = E‖W x‖² of one layer, a scalar."""
     return ((layer.weight @ moment) * layer.weight).sum()
 

@@ -6,10 +6,14 @@ For a LoRA factor A (r × d) with basis V̂ (d × d) and gates g (d,):
 
 The gate multiplies the update, not the gradient: a constant factor on a gradient coordinate leaves m̂/√v̂ unchanged.
 Without a basis and with gate one this is torch's AdamW.
+
+Two variants, for comparison: the gate may multiply the gradient instead, which Adam's division undoes; and a filter
+F (d × d) may multiply canonical Adam's update on the right, A ← A (1 - lr·wd) - lr U F.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,23 +34,55 @@ def adam_direction(
     return mean / denominator / (1 - beta1**step)
 
 
+@dataclass
+class Coordinates:
+    """Where Adam works for one parameter group, and what it keeps of its update there.
+
+    Attributes:
+        basis: (d, d) V̂, or None for canonical coordinates.
+        gate: (d,) or a scalar, or None for one.
+        gate_gradient: whether the gate multiplies the gradient instead of the update.
+        filter: (d, d) F on the right of the update, or None.
+    """
+
+    basis: Tensor | None = None
+    gate: Tensor | None = None
+    gate_gradient: bool = False
+    filter: Tensor | None = None
+
+    @property
+    def canonical(self) -> bool:
+        """Whether this is plain Adam."""
+        return self.basis is None and self.gate is None and self.filter is None
+
+    def enter(self, gradients: Tensor) -> Tensor:
+        """Gradients (rows, d) in these coordinates."""
+        rotated = gradients if self.basis is None else gradients @ self.basis
+        return rotated * self.gate if self.gate is not None and self.gate_gradient else rotated
+
+    def leave(self, updates: Tensor) -> Tensor:
+        """Updates (rows, d), gated and back in the parameters' coordinates."""
+        gated = updates if self.gate is None or self.gate_gradient else updates * self.gate
+        back = gated if self.basis is None else gated @ self.basis.mT
+        return back if self.filter is None else back @ self.filter
+
+
 class GatedAdam(torch.optim.Optimizer):
     """AdamW with an optional spectral basis and gate for each parameter group.
 
     Args:
-        params: parameter groups; beside torch's options a group may hold
-
-            - ``basis``: (d, d) V̂, in whose coordinates the group's parameters (each with last dimension d) are
-              updated, or None for canonical coordinates;
-            - ``gate``: (d,) or a scalar tensor, one factor a coordinate, or None for one.
-
-            Parameters that share a basis belong in one group: they are rotated in one product.
+        params: parameter groups; beside torch's options a group may hold the fields of ``Coordinates``. Its parameters
+            have d as their last dimension. Those that share a basis belong in one group: they are rotated in one
+            product.
         lr: learning rate.
         betas: decay of Adam's two moments.
         eps: added to √v̂.
         weight_decay: decoupled, as in AdamW.
 
-    Basis and gate are constants of the run, so ``state_dict`` leaves them out. Moments are float32.
+    Coordinates follow from the run's inputs, so ``state_dict`` leaves them out. Moments are float32.
+
+    Attributes:
+        coordinates: of each parameter group.
     """
 
     def __init__(
@@ -58,12 +94,13 @@ class GatedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        self.spectral: list[tuple[Tensor | None, Tensor | None]] = []
+        self.coordinates: list[Coordinates] = []
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, keeping its basis and gate apart from what ``state_dict`` holds."""
-        self.spectral.append((param_group.pop("basis", None), param_group.pop("gate", None)))
+        """Add a group, keeping its coordinates apart from what ``state_dict`` holds."""
+        own = {name: param_group.pop(name) for name in Coordinates.__dataclass_fields__ if name in param_group}
+        self.coordinates.append(Coordinates(**own))
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -80,24 +117,21 @@ class GatedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, (basis, gate) in zip(self.param_groups, self.spectral, strict=True):
+        for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._step_group(parameters, group, basis, gate)
+                self._step_group(parameters, group, coordinates)
         return loss
 
-    def _step_group(
-        self, parameters: list[Tensor], group: dict[str, Any], basis: Tensor | None, gate: Tensor | None
-    ) -> None:
+    def _step_group(self, parameters: list[Tensor], group: dict[str, Any], coordinates: Coordinates) -> None:
         gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
-        if basis is not None:
+        if coordinates.canonical:
+            updates = [self._advance(p, g, group) for p, g in zip(parameters, gradients, strict=True)]
+        else:
             rows = [gradient.shape[0] for gradient in gradients]
-            gradients = list((torch.cat(gradients) @ basis).split(rows))
-        updates = [self._advance(p, g, group) for p, g in zip(parameters, gradients, strict=True)]
-        if gate is not None:
-            updates = [update * gate for update in updates]
-        if basis is not None:
-            updates = list((torch.cat(updates) @ basis.mT).split(rows))
+            rotated = coordinates.enter(torch.cat(gradients)).split(rows)
+            moved = [self._advance(p, g, group) for p, g in zip(parameters, rotated, strict=True)]
+            updates = list(coordinates.leave(torch.cat(moved)).split(rows))
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for parameter, update in zip(parameters, updates, strict=True):

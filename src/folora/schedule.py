@@ -22,3 +22,18 @@ def _epochs(seed: int, source: int, rows: int, count: int) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     epochs = [np.random.default_rng([seed, source, epoch]).permutation(rows) for epoch in range(-(-count // rows))]
     return np.concatenate(epochs)[:count]
+
+
+def equal_token_steps(steps: int, task: list[int], proxy: list[int], *, batch_size: int, replay: int) -> int:
+    """Steps with replay that see as many tokens as ``steps`` without, at least one.
+
+    Args:
+        steps: of training on the task alone.
+        task: length of every task row.
+        proxy: length of every proxy row.
+        batch_size: task rows a step.
+        replay: proxy rows a step.
+    """
+    alone = batch_size * float(np.mean(task))
+    together = alone + replay * float(np.mean(proxy))
+    return max(1, round(steps * alone / together))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from folora.params import Params
 
 
+STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
+
+
 @dataclass(frozen=True)
 class LayerSpectrum:
     """The spectrum of one layer input of width d: everything a method may need.
@@ -32,12 +35,16 @@ class LayerSpectrum:
         eigenvalues: (d,) λ, ascending.
         penalty: (d, d) C_p, unnormalised.
         utility: (d, d) C_t, unnormalised.
+        shrinkage: share of the identity that the pencil mixed into the normalised C_p.
+        proxy_tokens: tokens that C_p is the mean of.
     """
 
     basis: Tensor
     eigenvalues: Tensor
     penalty: Tensor
     utility: Tensor
+    shrinkage: float
+    proxy_tokens: int
 
 
 @dataclass(frozen=True)
@@ -107,8 +114,12 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
         FoLoRAError: missing, damaged, or a manifest field differs from ``expected``.
     """
     tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
-    fields = LayerSpectrum.__dataclass_fields__
     inputs = {
-        name: LayerSpectrum(**{field: tensors[f"{name}.{field}"] for field in fields}) for name in manifest["groups"]
+        name: LayerSpectrum(
+            **{field: tensors[f"{name}.{field}"] for field in STORED},
+            shrinkage=manifest["health"][name]["shrinkage"],
+            proxy_tokens=manifest["proxy_tokens"],
+        )
+        for name in manifest["groups"]
     }
     return Spectrum(inputs, manifest["groups"])

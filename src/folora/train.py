@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from folora.adapter import add_adapter, layer_groups, save_adapter
+from folora.adapter import AdaptedModel, Context
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.meter import ForgettingMeter
+from folora.objective import Objective
 from folora.params import run_params
 from folora.proxy import HELDOUT
-from folora.schedule import batch_rows
+from folora.schedule import batch_rows, equal_token_steps
 from folora.spectrum import read_spectrum
 from folora.storage import (
     FORMAT,
@@ -37,10 +38,10 @@ from folora.tracking import RunLog, run_log, source_tags
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from folora.base import Base
+    from folora.methods import Method
     from folora.params import Params, Run
 
 Row = dict[str, list[int]]
@@ -67,7 +68,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     manifest = run_manifest(params, name, base, inputs)
     task_rows = read_task_rows(params, run, base, inputs.task)
     shards = _proxy_shards(params, inputs).items()
-    proxy_rows = [full_row(ids) for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
+    proxy = [ids for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
     spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
     heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)[: params.train.meter_sequences]
 
@@ -75,33 +76,19 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     tokenizer = base.load_tokenizer()
     bare = base.load_model()
     text = HeldOutText(bare, heldout, params.evaluation.batch_size, tokenizer.pad_token_id)
-    model = add_adapter(bare, params.adapter, spectrum, base)
-    groups = layer_groups(model, spectrum)
     method = params.methods[run.method]
-    method.start(groups)
-
-    order = batch_rows(
-        seed=run.seed,
-        steps=params.train.steps,
-        task_rows=len(task_rows),
-        batch_size=params.train.batch_size,
-        proxy_rows=len(proxy_rows),
-        replay=method.replay,
-    )
-    rows = ScheduledRows([*task_rows, *proxy_rows], order)
+    adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
+    rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
     with publish(output) as folder:
         title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
         tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
         with run_log(params.tracking, title, digest_of(manifest), tags) as log:
             log.params({**manifest["params"], "inputs": manifest["inputs"], **base.identity})
-            recorder = Recorder(
-                folder, ForgettingMeter(groups), text, params.train.steps, params.train.checkpoints, log
-            )
-            optimizer = method.optimizer(groups, run.learning_rate)
-            fit(model, tokenizer, rows, optimizer, recorder, params, run)
-            if not any(bool(layer.B.any()) for group in groups for layer in group.layers):
-                raise FoLoRAError(f"runs.{name}: training left every B at zero: raise the learning rate or the steps")
-            save_adapter(model, folder / "adapter")
+            recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
+            fit(adapted, tokenizer, rows, recorder, params, run)
+            if not adapted.moved():
+                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
+            adapted.save(folder / "adapter")
             write_table(folder / "history.parquet", recorder.table(), {"artefact": "history", "run": name})
             write_json(folder / MANIFEST_FILE, manifest)
             log.folder(folder / "adapter", "adapter")
@@ -149,10 +136,24 @@ def full_row(ids: list[int]) -> Row:
 
 
 class ScheduledRows(torch.utils.data.Dataset):
-    """Rows in the order of a schedule, so that the sequential sampler yields the planned batches."""
+    """Rows in the order of a schedule, so that the sequential sampler yields the planned batches.
 
-    def __init__(self, rows: list[Row], order: list[int]) -> None:
-        self._rows, self._order = rows, order
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows a step; the task's come first, then those of the proxy text.
+    """
+
+    def __init__(self, task: list[Row], proxy: list[Row], params: Params, seed: int, method: Method) -> None:
+        settings = params.train
+        sizes = {"batch_size": settings.batch_size, "replay": method.replay}
+        self.steps = settings.steps
+        if method.replay_match == "tokens":
+            self.steps = equal_token_steps(
+                settings.steps, [len(row["labels"]) for row in task], [len(row["labels"]) for row in proxy], **sizes
+            )
+        self.batch_size = settings.batch_size + method.replay
+        self._rows = [*task, *proxy]
+        self._order = batch_rows(seed=seed, steps=self.steps, task_rows=len(task), proxy_rows=len(proxy), **sizes)
 
     def __len__(self) -> int:
         return len(self._order)
@@ -161,22 +162,34 @@ class ScheduledRows(torch.utils.data.Dataset):
         return self._rows[self._order[position]]
 
 
+class ObjectiveTrainer(Trainer):
+    """transformers' Trainer with a method's objective in place of the model's own loss."""
+
+    def __init__(self, objective: Objective, **options: Any) -> None:
+        super().__init__(**options)
+        self._objective = objective
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """The loss of one batch."""
+        return self._objective(model, inputs)
+
+
 def fit(
-    model: PeftModel,
+    adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: ScheduledRows,
-    optimizer: torch.optim.Optimizer,
     recorder: Recorder,
     params: Params,
     run: Run,
 ) -> None:
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
+    method = params.methods[run.method]
     with TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
-            max_steps=settings.steps,
-            per_device_train_batch_size=len(rows) // settings.steps,
+            max_steps=rows.steps,
+            per_device_train_batch_size=rows.batch_size,
             train_sampling_strategy="sequential",
             lr_scheduler_type="linear",
             max_grad_norm=settings.max_grad_norm,
@@ -190,12 +203,13 @@ def fit(
             use_cpu=not torch.cuda.is_available(),
             seed=run.seed,
         )
-        trainer = Trainer(
-            model=model,
+        trainer = ObjectiveTrainer(
+            Objective(method, adapted, settings.batch_size),
+            model=adapted.model,
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
-            optimizers=(optimizer, None),
+            optimizers=(method.optimizer(adapted, run.learning_rate), None),
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
@@ -206,17 +220,18 @@ class Recorder(TrainerCallback):
     """Writes checkpoints along the way and keeps the history of losses and of the forgetting meter."""
 
     def __init__(
-        self, folder: Path, meter: ForgettingMeter, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
+        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
     ) -> None:
-        self._folder, self._meter, self._text, self._log = folder / "checkpoints", meter, text, log
+        self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
+        self._meter = ForgettingMeter(adapted.groups)
         self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
         self.history: list[dict[str, float]] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save a checkpoint where one is due."""
         del args, control
         if state.global_step in self._at:
-            save_adapter(model, self._folder / str(state.global_step))
+            self._adapted.save(self._folder / str(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
         """Read the meter whenever the Trainer logs a loss."""

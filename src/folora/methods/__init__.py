@@ -1,6 +1,7 @@
 """Methods of forgetting-aware fine-tuning, one file each, found by their ``kind``.
 
 To add one: write a file here with a subclass of ``Method``, and name its kind under ``methods:`` in params.yaml.
+Options that only some runs need have the paper's value, or none, as their default; see docs/decisions/0005.
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ def _subclasses(cls: type[Method]) -> set[type[Method]]:
     return {cls for child in cls.__subclasses__() for cls in {child, *_subclasses(child)}}
 
 
+def describe_kinds() -> list[dict[str, Any]]:
+    """One record a kind: ``kind``, ``name``, ``paper``, ``trains``, ``freezes``, ``export``, its own ``options``."""
+    return [
+        {
+            "kind": kind,
+            "name": cls.__name__,
+            "paper": cls.paper,
+            "trains": cls.trains,
+            "freezes": cls.freezes,
+            "export": cls.export,
+            "options": [name for name in cls.model_fields if name not in Method.model_fields and name != "kind"],
+        }
+        for kind, cls in sorted(kinds().items())
+    ]
+
+
 def method_from(name: str, section: Any) -> Method:
     """Build the method of one entry of ``methods:``.
 
@@ -47,4 +64,4 @@ def method_from(name: str, section: Any) -> Method:
         raise ValueError(f"methods.{name}.{describe(error)}") from error
 
 
-__all__ = ["Method", "kinds", "method_from"]
+__all__ = ["Method", "describe_kinds", "kinds", "method_from"]

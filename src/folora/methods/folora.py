@@ -4,69 +4,241 @@
 
 A₀ is gated too, because the first steps of B write into its row space. B is trained by plain AdamW. The paper's
 abstract fixes the spectral coordinates and the direction-wise gate; the gate's form, the start and the treatment of
-B are ours.
+B are ours, and each is an option here.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from folora.methods.base import LayerGroup, Method
+from folora.methods.gated import GatedMethod
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from folora.adapter import AdaptedModel, LayerGroup, LoRALayer
+    from folora.optimizer import GatedAdam
 
-class SpectralMethod(Method):
-    """What FoLoRA and its controls share: the gate's parameters, and A in the spectral basis."""
 
-    tau: Annotated[float, Field(gt=0, description="the λ whose gate lies halfway")]
-    exponent: Annotated[float, Field(gt=0, le=16, description="steepness k of the gate")]
-    floor: Annotated[float, Field(ge=0, lt=1, description="least gate g_min")]
+class Quantile(BaseModel):
+    """τ as a quantile of the layer's λ: this share of the directions is less than half open."""
 
-    def gates(self, group: LayerGroup) -> Tensor:
-        """(d,) float32 gates of the group's input directions."""
-        from folora.gate import soft_gate
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    quantile: Annotated[float, Field(ge=0, le=1)]
 
-        gates = soft_gate(group.spectrum.eigenvalues, tau=self.tau, exponent=self.exponent, floor=self.floor)
-        return gates.float()
 
-    def start(self, groups: list[LayerGroup]) -> None:
-        for group in groups:
-            for layer in group.layers:
-                gated_start(layer.A, group.spectrum.basis, self.gates(group))
+class Budget(BaseModel):
+    """τ solved from a budget: gated steps cost this share of the penalty of ungated ones."""
 
-    def update_groups(self, groups: list[LayerGroup]) -> list[dict[str, Any]]:
-        spectral = [
-            {
-                "params": [layer.A for layer in group.layers],
-                "basis": group.spectrum.basis,
-                "gate": self.gates(group),
-            }
-            for group in groups
-        ]
-        return [*spectral, {"params": [layer.B for group in groups for layer in group.layers]}]
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    budget: Annotated[float, Field(gt=0, le=1)]
+
+
+class SpectralMethod(GatedMethod):
+    """What FoLoRA and its controls share: coordinates of A, a gate for each, and the start they imply.
+
+    Attributes:
+        tau: the λ whose gate lies halfway.
+        exponent: steepness k of the gate.
+        floor: least gate g_min.
+    """
+
+    tau: Annotated[float, Field(gt=0)] | Quantile | Budget = 1.0
+    exponent: Annotated[float, Field(gt=0, le=16)] = 1.0
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    def basis_for(self, group: LayerGroup) -> Tensor:
+        """(d, d) float32: the coordinates of A."""
+        return group.spectrum.basis
+
+    def gates_for(self, group: LayerGroup) -> Tensor:
+        """(d,) float32 gates of those coordinates."""
+        return self.gates_of(group.spectrum.eigenvalues).float()
+
+    def gates_of(self, eigenvalues: Tensor) -> Tensor:
+        """Gates of any λ, in float64."""
+        from folora.gate import soft_gate, tau_of_budget, tau_of_quantile
+
+        shape = {"exponent": self.exponent, "floor": self.floor}
+        if isinstance(self.tau, Quantile):
+            tau = tau_of_quantile(eigenvalues, self.tau.quantile)
+        elif isinstance(self.tau, Budget):
+            tau = tau_of_budget(eigenvalues, self.tau.budget, **shape)
+        else:
+            tau = self.tau
+        return soft_gate(eigenvalues, tau=tau, **shape)
+
+    def coordinates(self, group: LayerGroup) -> dict[str, Any]:
+        return {"basis": self.basis_for(group), "gate": self.gates_for(group)}
 
 
 class FoLoRA(SpectralMethod):
-    """The gate of each direction follows its generalised eigenvalue."""
+    """The gate of each direction follows its generalised eigenvalue.
+
+    Attributes:
+        basis: the coordinates; a random orthogonal basis keeps the gates of the pencil's.
+        columns: their scale: one penalty each, or length one.
+        shrinkage: of the penalty's moment in this method only: a number or oracle-approximating; null takes the
+            spectrum stage's basis as it is.
+        gate: soft, or open for the ``open_share`` of the directions with the greatest λ.
+        gate_on: the update, or the gradient (which Adam's division undoes).
+        form: Adam in rotated coordinates, or canonical Adam with the filter F = C_p V diag(g) Vᵀ on its update.
+        start: gated noise, the leading directions themselves, or PEFT's.
+        gate_a: whether A is gated, or trained by plain AdamW.
+        gate_b: whether B is trained by plain AdamW (off), each column gated by the λ of its row of A (diag), or in
+            the r × r pencil of A's rows (full).
+        refresh_b: steps between two readings of the λ of B's columns.
+        freeze_a: leave A at its start.
+    """
 
     kind: Literal["folora"]
+    paper: ClassVar[str] = "2606.00132"
+
+    basis: Literal["generalised", "penalty", "utility", "difference", "random", "identity"] = "generalised"
+    columns: Literal["penalty", "unit"] = "penalty"
+    shrinkage: Annotated[float, Field(gt=0, le=0.5)] | Literal["oas"] | None = None
+    gate: Literal["soft", "hard"] = "soft"
+    open_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    gate_on: Literal["update", "gradient"] = "update"
+    form: Literal["rotated", "filter"] = "rotated"
+    start: Literal["gated", "spectral", "kaiming"] = "gated"
+    gate_a: bool = True
+    gate_b: Literal["off", "diag", "full"] = "off"
+    refresh_b: Annotated[int, Field(ge=1)] = 10
+    freeze_a: bool = False
+
+    def basis_for(self, group: LayerGroup) -> Tensor:
+        if (self.basis, self.columns, self.shrinkage) == ("generalised", "penalty", None):
+            return group.spectrum.basis
+        from folora.directions import directions, scaled
+
+        penalty, utility = self.moments(group)
+        return scaled(directions(self.basis, penalty, utility), penalty, self.columns).float()
+
+    def gates_for(self, group: LayerGroup) -> Tensor:
+        if self.shrinkage is None and self.basis in ("generalised", "random"):
+            return self.gates_of(group.spectrum.eigenvalues).float()
+        from folora.directions import directions, quotients
+
+        penalty, utility = self.moments(group)
+        name = "generalised" if self.basis == "random" else self.basis
+        return self.gates_of(quotients(directions(name, penalty, utility), penalty, utility)).float()
+
+    def gates_of(self, eigenvalues: Tensor) -> Tensor:
+        if self.gate == "hard":
+            from folora.gate import hard_gate
+
+            return hard_gate(eigenvalues, open_share=self.open_share, floor=self.floor)
+        return super().gates_of(eigenvalues)
+
+    def moments(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        """C_p and C_t as the pencil sees them, float64."""
+        from folora.directions import oas_shrinkage
+        from folora.pencil import normalise
+
+        spectrum = group.spectrum
+        penalty = spectrum.penalty.double()
+        share = oas_shrinkage(penalty, spectrum.proxy_tokens) if self.shrinkage == "oas" else self.shrinkage
+        return normalise(penalty, spectrum.shrinkage if share is None else share), normalise(spectrum.utility.double())
+
+    def initialise(self, groups: list[LayerGroup]) -> None:
+        if self.start == "gated":
+            super().initialise(groups)
+        for group in groups:
+            for layer in group.layers:
+                if self.start == "spectral":
+                    spectral_start(layer.A, *self.noise(group))
+                layer.A.requires_grad_(not self.freeze_a)
+
+    def noise(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        return self.basis_for(group), self.gates_for(group)
+
+    def coordinates(self, group: LayerGroup) -> dict[str, Any]:
+        if not self.gate_a:
+            return {}
+        if self.form == "filter":
+            return {"filter": update_filter(*self.moments(group), self.gates_for(group).double()).float()}
+        return {**super().coordinates(group), "gate_gradient": self.gate_on == "gradient"}
+
+    def update_groups(self, adapted: AdaptedModel) -> list[dict[str, Any]]:
+        *of_a, of_b = super().update_groups(adapted)
+        each_b = [of_b] if self.gate_b == "off" else [{"params": [B]} for B in of_b["params"]]
+        return each_b if self.freeze_a else [*of_a, *each_b]
+
+    def optimizer(self, adapted: AdaptedModel, learning_rate: float) -> GatedAdam:
+        optimizer = super().optimizer(adapted, learning_rate)
+        if self.gate_b != "off":
+            pairs = [(layer, group) for group in adapted.groups for layer in group.layers]
+            first = len(optimizer.coordinates) - len(pairs)
+            optimizer.register_step_pre_hook(ColumnGates(self, pairs, first))
+        return optimizer
 
 
-def gated_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:
-    """Set A₀ = (N ⊙ g) V̂ᵀ in place, N standard normal, rescaled to ‖A₀‖_F = √(r / 3), the norm of PEFT's start.
+class ColumnGates:
+    """Reads the λ of A's rows every few steps and gates the columns of B by them; a pre-hook of the optimizer.
 
-    Args:
-        A: (r, d) parameter.
-        basis: (d, d) V̂.
-        gates: (d,).
+    ``diag``: column j has λ_j = (a_j C_t a_jᵀ) / (a_j C_p a_jᵀ). ``full``: the r × r pencil (A C_t Aᵀ, A C_p Aᵀ) gives
+    coordinates for B's columns as well; at a refresh Adam's mean is carried over, its square is kept as it is, as SOAP
+    (arXiv 2409.11321) does, since it has no exact transport.
     """
+
+    def __init__(self, method: FoLoRA, pairs: list[tuple[LoRALayer, LayerGroup]], first: int) -> None:
+        self._method, self._pairs, self._first = method, pairs, first
+        self._steps = 0
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        import torch
+
+        if self._steps % self._method.refresh_b == 0:
+            with torch.no_grad():
+                for position, (layer, group) in enumerate(self._pairs):
+                    self._refresh(optimizer, self._first + position, layer, group)
+        self._steps += 1
+
+    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, group: LayerGroup) -> None:
+        import torch
+
+        penalty, utility = self._method.moments(group)
+        A = layer.A.double()
+        coordinates = optimizer.coordinates[position]
+        if self._method.gate_b == "diag":
+            rows = (A @ utility * A).sum(1) / (A @ penalty * A).sum(1)
+            coordinates.gate = self._method.gates_of(rows).float()
+            return
+        from folora.pencil import solve
+
+        pencil = solve(A @ penalty @ A.mT, A @ utility @ A.mT, shrinkage=1e-6, name=layer.name)
+        state = optimizer.state.get(layer.B)
+        if state and coordinates.basis is not None:
+            # the mean of a gradient G V_old becomes that of G V_new
+            transport = torch.linalg.solve(coordinates.basis.double(), pencil.basis).float()
+            state["exp_avg"] = state["exp_avg"] @ transport
+        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(pencil.eigenvalues).float()
+
+
+def spectral_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:
+    """Set the rows of A₀ to the r directions with the greatest gates, in place, at the norm of ``gated_start``."""
     import torch
 
     with torch.no_grad():
-        start = (torch.randn(A.shape) * gates) @ basis.mT
+        start = basis[:, gates.topk(A.shape[0]).indices].mT
         A.copy_(start * math.sqrt(A.shape[0] / 3) / start.norm())
+
+
+def update_filter(penalty: Tensor, utility: Tensor, gates: Tensor) -> Tensor:
+    """F = C_p V diag(g) Vᵀ, (d, d): the filter whose right eigen-directions are the pencil's, I for g = 1.
+
+    Args:
+        penalty: (d, d) C_p, ridged.
+        utility: (d, d) C_t.
+        gates: (d,), in the order of the pencil's ascending eigenvalues.
+    """
+    from folora.directions import directions, energies
+
+    V = directions("generalised", penalty, utility)
+    V = V / energies(V, penalty).sqrt()
+    return penalty @ (V * gates) @ V.mT

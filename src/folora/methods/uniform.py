@@ -6,23 +6,24 @@ too: plain Adam on A with FoLoRA's mean step size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from folora.methods.folora import SpectralMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.methods.base import LayerGroup
+    from folora.adapter import LayerGroup
 
 
 class Uniform(SpectralMethod):
     """Spectral basis, the layer's mean gate in every direction."""
 
     kind: Literal["uniform"]
+    paper: ClassVar[str] = "control"
 
-    def gates(self, group: LayerGroup) -> Tensor:
-        gates = super().gates(group)
+    def gates_for(self, group: LayerGroup) -> Tensor:
+        gates = super().gates_for(group)
         return gates.mean().expand_as(gates)
 
 
@@ -30,13 +31,10 @@ class UniformCanonical(SpectralMethod):
     """No basis: A at PEFT's start, Adam in canonical coordinates, every update times the layer's mean gate."""
 
     kind: Literal["uniform-canonical"]
+    paper: ClassVar[str] = "control"
 
-    def start(self, groups: list[LayerGroup]) -> None:
+    def initialise(self, groups: list[LayerGroup]) -> None:
         """Leave PEFT's start."""
 
-    def update_groups(self, groups: list[LayerGroup]) -> list[dict[str, Any]]:
-        return [
-            {key: value for key, value in update.items() if key != "basis"}
-            | ({"gate": update["gate"].mean()} if "gate" in update else {})
-            for update in super().update_groups(groups)
-        ]
+    def coordinates(self, group: LayerGroup) -> dict[str, Any]:
+        return {"gate": self.gates_for(group).mean()}

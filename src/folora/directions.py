@@ -1,0 +1,77 @@
+"""Other coordinates than the pencil's, for comparison: bases of one layer input, and the scale of their columns.
+
+All take both second moments normalised as the pencil does it, C_p ridged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BasisName = Literal["generalised", "penalty", "utility", "difference", "random", "identity"]
+
+
+def directions(name: BasisName, penalty: Tensor, utility: Tensor, *, seed: int = 0) -> Tensor:
+    """Columns of unit length that span the input space.
+
+    Args:
+        name: eigenvectors of C_t v = λ C_p v (``generalised``), of C_p, of C_t, of C_t - C_p; a random orthogonal
+            basis; or the canonical one.
+        penalty: (d, d) C_p.
+        utility: (d, d) C_t.
+        seed: of the random basis.
+
+    Returns:
+        (d, d); orthogonal but for ``generalised``.
+    """
+    d = penalty.shape[0]
+    if name == "generalised":
+        L = torch.linalg.cholesky(penalty)
+        half = torch.linalg.solve_triangular(L, utility, upper=False)
+        M = torch.linalg.solve_triangular(L, half.mT, upper=False)
+        V = torch.linalg.solve_triangular(L.mT, torch.linalg.eigh((M + M.mT) / 2)[1], upper=True)
+        return V / V.norm(dim=0)
+    if name == "random":
+        noise = torch.randn(d, d, dtype=penalty.dtype, generator=torch.Generator().manual_seed(seed))
+        return torch.linalg.qr(noise)[0]
+    if name == "identity":
+        return torch.eye(d, dtype=penalty.dtype)
+    symmetric = {"penalty": penalty, "utility": utility, "difference": utility - penalty}[name]
+    return torch.linalg.eigh(symmetric)[1]
+
+
+def energies(basis: Tensor, moment: Tensor) -> Tensor:
+    """vᵀ C v of every column, (d,)."""
+    return (basis * (moment @ basis)).sum(0)
+
+
+def quotients(basis: Tensor, penalty: Tensor, utility: Tensor) -> Tensor:
+    """The generalised Rayleigh quotient (vᵀ C_t v) / (vᵀ C_p v) of every column, (d,)."""
+    return energies(basis, utility) / energies(basis, penalty)
+
+
+def scaled(basis: Tensor, penalty: Tensor, columns: Literal["penalty", "unit"]) -> Tensor:
+    """Scale the columns: to one penalty each, or to length one; the Frobenius norm is √d either way."""
+    lengths = energies(basis, penalty).sqrt() if columns == "penalty" else basis.norm(dim=0)
+    even = basis / lengths
+    return even * (math.sqrt(basis.shape[1]) / even.norm())
+
+
+def oas_shrinkage(moment: Tensor, tokens: int) -> float:
+    """Oracle-approximating shrinkage (Chen et al., arXiv 0907.4698, eq. 23) of a second moment towards a multiple of I.
+
+    Args:
+        moment: (d, d), the mean of x xᵀ over ``tokens`` samples.
+        tokens: n.
+
+    Returns:
+        The share of the identity, in [0, 1].
+    """
+    d = moment.shape[0]
+    squared_trace, trace_of_square = float(moment.trace()) ** 2, float(moment.square().sum())
+    numerator = (1 - 2 / d) * trace_of_square + squared_trace
+    denominator = (tokens + 1 - 2 / d) * (trace_of_square - squared_trace / d)
+    return 1.0 if denominator <= 0 else min(1.0, numerator / denominator)

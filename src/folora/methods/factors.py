@@ -1,0 +1,52 @@
+"""Starts that take a part of W into the adapter: W = (W - s B₀A₀) + s B₀A₀. Shared by the methods that do so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from folora.methods.base import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from folora.adapter import LayerGroup, LoRALayer
+
+
+class FactorMethod(Method):
+    """A start (A₀, B₀) computed from W and the moments; W - s B₀A₀ is frozen, and the export undoes the split."""
+
+    trains: ClassVar[str] = "A, B"
+    freezes: ClassVar[str] = "W - s B₀A₀"
+    export: ClassVar[str] = "LoRA of rank 2r"
+
+    def initialise(self, groups: list[LayerGroup]) -> None:
+        for group in groups:
+            for layer in group.layers:
+                A, B = self.factors(layer, group)
+                with torch.no_grad():
+                    layer.A.copy_(A)
+                    layer.B.copy_(B)
+
+    def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        """(A₀ (r, d), B₀ (m, r)) of one layer."""
+        raise NotImplementedError
+
+
+def singular_factors(matrix: Tensor, rank: int, scaling: float, *, last: bool = False) -> tuple[Tensor, Tensor]:
+    """A = √(S/s) Vᵀ and B = U √(S/s) of the first or the last ``rank`` singular triplets, so that s B A = U S Vᵀ.
+
+    Args:
+        matrix: (m, d).
+        rank: r.
+        scaling: s.
+        last: whether the smallest singular values are taken.
+
+    Returns:
+        (A (r, d), B (m, r)), in the matrix's type.
+    """
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    chosen = slice(-rank, None) if last else slice(0, rank)
+    root = (S[chosen] / scaling).sqrt()
+    return root[:, None] * Vh[chosen], U[:, chosen] * root

@@ -1,0 +1,46 @@
+"""OSF, orthogonal subspace fine-tuning (Nayak et al., arXiv 2504.07097): only the minor singular triplets of W train.
+
+    W = U_h S_h V_hᵀ + U_l S_l V_lᵀ;   the r minor triplets U_l, S_l, V_l train
+
+Their gradients are projected off U_h and V_h. Computed by PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from folora.methods.base import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from folora.adapter import AdaptedModel, Context
+
+
+class OSF(Method):
+    """Trains r singular triplets in full: the change has no low-rank form apart from W."""
+
+    kind: Literal["osf"]
+    paper: ClassVar[str] = "2504.07097"
+    trains: ClassVar[str] = "U_l, S_l, V_l"
+    freezes: ClassVar[str] = "U_h, S_h, V_h"
+    export: ClassVar[str] = "weights of the adapted layers"
+
+    def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        from peft import OSFConfig, get_peft_model
+
+        from folora.adapter import DenseLayer, DenseModel, grouped
+
+        modules: dict[str, Any] = dict(model.named_modules())
+        names = [name for group in context.spectrum.groups.values() for name in group]
+        ranks = {name: min(modules[name].weight.shape) - context.settings.rank for name in names}
+        config = OSFConfig(target_modules=names, effective_rank=1, rank_pattern=ranks)
+        adapted = get_peft_model(model, config)
+        wrapped: dict[str, Any] = dict(adapted.get_base_model().named_modules())
+
+        def layer(name: str) -> DenseLayer:
+            module = wrapped[name]
+            weight = module.get_base_layer().weight
+            return DenseLayer(name, weight, lambda: weight + module.get_delta_weight("default"))
+
+        return DenseModel(adapted, grouped(context.spectrum, layer))

@@ -1,0 +1,22 @@
+"""PiSSA (Meng et al., arXiv 2404.02948): the adapter starts at the leading singular triplets of W.
+
+A₀ = √S_r V_rᵀ, B₀ = U_r √S_r of W = U S Vᵀ; the rest of W is frozen. Computed by PEFT.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from folora.methods.base import Method
+
+
+class PiSSA(Method):
+    """Trains the principal part of W."""
+
+    kind: Literal["pissa"]
+    paper: ClassVar[str] = "2404.02948"
+    freezes: ClassVar[str] = "W - s B₀A₀"
+    export: ClassVar[str] = "LoRA of rank 2r"
+
+    def lora_options(self) -> dict[str, Any]:
+        return {"init_lora_weights": "pissa"}
