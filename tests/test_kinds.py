@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import folora.train
-from folora.adapter import Context, load_checkpoint
-from folora.methods import kinds, method_from
+from folora.adapter import load_checkpoint
+from folora.methods import kinds
 from folora.params import Params
-from folora.spectrum import read_spectrum
 from folora.storage import read_table
 from folora.train import TrainInputs, train_run
 
@@ -30,6 +29,7 @@ VARIANTS = {kind: {"kind": kind} for kind in kinds()} | {
     "distillation on edited weights": {"kind": "pissa", "replay": 4, "replay_loss": "distillation"},
     "mask the target": {"kind": "lora", "mask_target": 1.0},
     "mask the target with folora": {"kind": "folora", "mask_target": 1.0, "replay": 4},
+    "kl budget": {"kind": "lora", "kl_budget": 1e-4},
     "equal tokens": {"kind": "lora", "replay": 4, "replay_match": "tokens"},
     "filter": {"kind": "folora", "form": "filter"},
     "gradient": {"kind": "folora", "gate_on": "gradient"},

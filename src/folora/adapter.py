@@ -161,6 +161,15 @@ class AdaptedModel:
         self.model.train(training)
         return logits
 
+    @property
+    def scalable(self) -> bool:
+        """Whether ``shrink`` is possible."""
+        return False
+
+    def shrink(self, factor: float) -> None:
+        """Scale ΔW of every layer in place."""
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
         raise NotImplementedError
@@ -196,6 +205,15 @@ class LoRAModel(AdaptedModel):
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
                 self.linear(layer).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
+
+    @property
+    def scalable(self) -> bool:
+        return all(isinstance(layer, LoRALayer) and layer.taken is None for layer in self.layers)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        for layer in self.layers:
+            layer.B.mul_(factor)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:

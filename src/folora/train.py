@@ -15,6 +15,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from folora.adapter import AdaptedModel, Context
+from folora.budget import keep_inside
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.meter import ForgettingMeter
@@ -70,21 +71,27 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     shards = _proxy_shards(params, inputs).items()
     proxy = [ids for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
     spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
-    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)[: params.train.meter_sequences]
+    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
     bare = base.load_model()
-    text = HeldOutText(bare, heldout, params.evaluation.batch_size, tokenizer.pad_token_id)
     method = params.methods[run.method]
+    # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
+    measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
+    text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
     adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
+    if method.kl_budget and not adapted.scalable:
+        raise FoLoRAError(
+            f"methods.{run.method}.kl_budget: {method.kind_name()} edits W or trains it: choose another kind"
+        )
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
     with publish(output) as folder:
         title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
         tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
         with run_log(params.tracking, title, digest_of(manifest), tags) as log:
             log.params({**manifest["params"], "inputs": manifest["inputs"], **base.identity})
-            recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
+            recorder = Recorder(folder, adapted, text, method.kl_budget, log)
             fit(adapted, tokenizer, rows, recorder, params, run)
             if not adapted.moved():
                 raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
@@ -184,6 +191,7 @@ def fit(
 ) -> None:
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
+    recorder.plan(rows.steps, settings.checkpoints)
     method = params.methods[run.method]
     with TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -217,38 +225,55 @@ def fit(
 
 
 class Recorder(TrainerCallback):
-    """Writes checkpoints along the way and keeps the history of losses and of the forgetting meter."""
+    """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget."""
 
     def __init__(
-        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
+        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, budget: float | None, log: RunLog
     ) -> None:
         self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
         self._meter = ForgettingMeter(adapted.groups)
-        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
+        self._budget = budget
+        self._at: set[int] = set()
         self.history: list[dict[str, float]] = []
+
+    def plan(self, steps: int, checkpoints: int) -> None:
+        """Say where checkpoints are due: evenly spaced, the last step among them."""
+        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save a checkpoint where one is due."""
         del args, control
         if state.global_step in self._at:
+            if self._budget is not None:
+                self._kl()
             self._adapted.save(self._folder / str(state.global_step))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Read the meter whenever the Trainer logs a loss."""
         del args, control
         if "loss" not in logs:
             return
-        model.eval()
+        kl = self._kl()
         reading = {
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             **self._meter.read(),
-            "kl": self._text.measure(model).kl,
+            "kl": kl,
         }
-        model.train()
         self.history.append({"step": state.global_step, **reading})
         self._log.metrics({f"train/{key}": value for key, value in reading.items()}, state.global_step)
+
+    def _kl(self) -> float:
+        """KL to the base on the held-out text, after drawing the model back inside its budget."""
+        model = self._adapted.model
+        model.eval()
+        if self._budget is None:
+            kl = self._text.measure(model).kl
+        else:
+            kl = keep_inside(self._adapted, lambda: self._text.measure(model).kl, self._budget)
+        model.train()
+        return kl
 
     def table(self) -> Any:
         """The history as an Arrow table, one row a reading."""
