@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import folora.train
-from folora.adapter import Context, load_checkpoint
-from folora.methods import kinds, method_from
+from folora.adapter import load_checkpoint
+from folora.methods import kinds
 from folora.params import Params
-from folora.spectrum import read_spectrum
 from folora.storage import read_table
 from folora.train import TrainInputs, train_run
 
