@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import scipy.linalg
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -14,11 +15,11 @@ from folora.adapter import AdaptedModel, Context
 from folora.base import Base
 from folora.methods import method_from
 from folora.params import Adapter
-from folora.pencil import normalise, solve
+from folora.pencil import solve
 from folora.spectrum import LayerSpectrum, Spectrum
 
 if TYPE_CHECKING:
-    from folora.adapter import LoRALayer
+    from folora.adapter import Layer, LoRALayer
 
 RANK = 3
 SCALING = 2.0
@@ -90,9 +91,10 @@ def layer_spectrum(name: str) -> LayerSpectrum:
     )
 
 
-def normalised(name: str) -> tuple[Tensor, Tensor]:
-    """C_p, ridged, and C_t of a layer input, as the pencil sees them, float64."""
-    return normalise(moment(PROXY[name]), SHRINKAGE), normalise(moment(TASK[name]))
+def ridged(tokens: Tensor, share: float = SHRINKAGE) -> Tensor:
+    """The second moment at trace d, mixed with the identity: (1 - a) C + a I."""
+    C, d = moment(tokens), tokens.shape[1]
+    return (1 - share) * C * d / C.trace() + share * torch.eye(d, dtype=C.dtype)
 
 
 def context(*, white: bool = False) -> Context:
@@ -141,18 +143,37 @@ def pairs(adapted: AdaptedModel) -> list[tuple[LoRALayer, str]]:
 
 
 @torch.no_grad()
-def seen_weight(adapted: AdaptedModel, name: str) -> Tensor:
-    """The weight that a layer of the model in training applies, read off its outputs, (m, d)."""
+def seen_weight(adapted: AdaptedModel, layer: Layer) -> Tensor:
+    """The weight that a layer of the model in training applies, read off its outputs, (m, d) float64."""
     model = adapted.model.get_base_model() if hasattr(adapted.model, "get_base_model") else adapted.model
-    module = model.get_submodule(name)
+    module = model.get_submodule(layer.name)
     return module(torch.eye(module.in_features)).mT.double()
 
 
-def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Equal up to a share of the greatest entry."""
-    torch.testing.assert_close(
-        found.detach().double(),
-        expected.detach().double(),
-        rtol=0,
-        atol=tolerance * float(expected.detach().abs().max()),
-    )
+def seen_change(adapted: AdaptedModel, layer: Layer) -> Tensor:
+    """What training added to that weight."""
+    return seen_weight(adapted, layer) - layer.weight.detach().double()
+
+
+def product(layer: LoRALayer) -> Tensor:
+    """The change s B A of plain factors, float64."""
+    return layer.scaling * layer.B.detach().double() @ layer.A.detach().double()
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, k), S (k,) and V (d, k) by scipy, k the shorter side."""
+    U, S, Vh = scipy.linalg.svd(matrix.detach().double().numpy(), full_matrices=False)
+    return torch.from_numpy(U), torch.from_numpy(S), torch.from_numpy(Vh.T)
+
+
+def eigh(matrix: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ascending (generalised) eigenvalues and their vectors as columns, by scipy."""
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), None if other is None else other.numpy())
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5, *, size: Tensor | float = 0.0) -> None:
+    """Equal up to a share of the greatest entry expected, or of ``size`` where that is more."""
+    found, expected = found.detach().double(), expected.detach().double()
+    greatest = max(float(expected.abs().max()), float(size))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * greatest)

@@ -20,7 +20,7 @@ def test_every_start_is_the_base_model_and_counts_as_unmoved(kind: str) -> None:
     for layer in adapted.layers:
         weight = base.get_submodule(layer.name).weight
         assert torch.equal(layer.weight, weight)
-        assert_near(seen_weight(adapted, layer.name), weight)
+        assert_near(seen_weight(adapted, layer), weight)
     assert not adapted.moved()
     train(adapted, optimizer(adapted, kind), steps=2)
     assert adapted.moved()
@@ -35,7 +35,7 @@ def test_factors_are_what_the_model_adds_to_the_base_weights(kind: str) -> None:
         left, right = layer.factors()
         change = layer.scaling * left.double() @ right.double()
         assert change.abs().max() > 1e-3
-        assert_near(layer.weight + change, seen_weight(adapted, layer.name))
+        assert_near(layer.weight + change, seen_weight(adapted, layer))
 
 
 @pytest.mark.parametrize("kind", EDITING)
