@@ -47,9 +47,9 @@ class Spy:
         self.batches: list[dict[str, torch.Tensor]] = []
         original = folora.train.fit
 
-        def fit(model: Any, *arguments: Any) -> None:
-            self.model = model
-            original(model, *arguments)
+        def fit(adapted: Any, *arguments: Any) -> None:
+            self.model = adapted.model
+            original(adapted, *arguments)
 
         monkeypatch.setattr(folora.train, "fit", fit)
         collate = folora.train.DataCollatorForSeq2Seq.__call__
@@ -208,11 +208,13 @@ def test_inputs_of_other_parameters_are_refused(pipeline: Pipeline, tmp_path: Pa
     assert not list(tmp_path.glob("*run*"))
 
 
-def test_an_adapter_that_did_not_move_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
-    values = pipeline.values()["runs"]
-    values[LORA]["learning_rate"] = 1e-60  # too small for a float32
-    with pytest.raises(FoLoRAError, match=f"runs.{LORA}: training left every B at zero"):
-        train(pipeline, LORA, tmp_path / "out" / "run", runs=values)
+@pytest.mark.parametrize("kind", ["lora", "pissa", "full"])
+def test_training_that_moved_nothing_is_an_error(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    values = pipeline.values()
+    values["methods"]["lora"] = {"kind": kind}
+    values["runs"][LORA]["learning_rate"] = 1e-60  # too small for a float32
+    with pytest.raises(FoLoRAError, match=f"runs.{LORA}: training changed no weight"):
+        train(pipeline, LORA, tmp_path / "out" / "run", **values)
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -89,6 +89,13 @@ class LoRALayer:
             return left - B0, right
         return torch.cat([left, -B0], dim=1), torch.cat([right, A0])
 
+    def moved(self) -> bool:
+        """Whether the layer differs from the base model's."""
+        if self.taken is not None:  # rounding keeps B₀A₀ - B₀A₀ off zero
+            return not (torch.equal(self.A, self.taken[0]) and torch.equal(self.B, self.taken[1]))
+        left, right = self.factors()
+        return bool((left @ right).any())
+
 
 @dataclass
 class DenseLayer:
@@ -109,6 +116,10 @@ class DenseLayer:
         """(ΔW, I)."""
         change = self.current() - self.weight
         return change, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
+
+    def moved(self) -> bool:
+        """Whether the layer differs from the base model's."""
+        return not torch.equal(self.current(), self.weight)
 
 
 Layer = LoRALayer | DenseLayer
@@ -149,7 +160,7 @@ class AdaptedModel:
     @torch.no_grad()
     def moved(self) -> bool:
         """Whether any layer differs from the base model's."""
-        return any(bool((left @ right).any()) for left, right in (layer.factors() for layer in self.layers))
+        return any(layer.moved() for layer in self.layers)
 
     @torch.no_grad()
     def base_logits(self, batch: Mapping[str, Tensor]) -> Tensor:

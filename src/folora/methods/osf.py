@@ -2,7 +2,8 @@
 
     W = U_h S_h V_hᵀ + U_l S_l V_lᵀ;   the r minor triplets U_l, S_l, V_l train
 
-Their gradients are projected off U_h and V_h. Computed by PEFT.
+Their gradients are projected off U_h and V_h, by PEFT. Adam then divides them entry by entry, which turns them: the
+leading subspaces are kept nearly, not exactly.
 """
 
 from __future__ import annotations
