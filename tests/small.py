@@ -15,8 +15,7 @@ from folora.adapter import AdaptedModel, Context
 from folora.base import Base
 from folora.methods import method_from
 from folora.params import Adapter
-from folora.pencil import solve
-from folora.spectrum import LayerSpectrum, Spectrum
+from folora.pencil import LayerSpectrum, Spectrum, solve
 
 if TYPE_CHECKING:
     from folora.adapter import Layer, LoRALayer

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from folora.adapter import DenseLayer, LayerGroup, LoRALayer
 from folora.meter import ForgettingMeter, change, output_energy
-from folora.spectrum import LayerSpectrum
+from folora.pencil import LayerSpectrum
 
 
 def noise(seed: int, *shape: int) -> Tensor:

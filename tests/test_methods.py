@@ -13,8 +13,7 @@ from folora.meter import change
 from folora.methods import kinds, method_from
 from folora.methods.base import LayerGroup, LoRALayer, Method
 from folora.methods.folora import gated_start
-from folora.pencil import solve
-from folora.spectrum import LayerSpectrum
+from folora.pencil import LayerSpectrum, solve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

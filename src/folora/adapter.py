@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Adapter
-    from folora.spectrum import LayerSpectrum, Spectrum
+    from folora.pencil import LayerSpectrum, Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
 WEIGHTS_FILE = "weights.safetensors"
@@ -42,13 +41,15 @@ class Context:
     """What a method may build its adapter from.
 
     Attributes:
-        settings: rank, alpha and target modules.
+        rank: r of the adapter.
+        alpha: s = alpha / r.
         spectrum: basis, eigenvalues and moments of every layer input.
         base: where the model comes from.
         proxy: token ids of the text sampled from the base model, BOS first.
     """
 
-    settings: Adapter
+    rank: int
+    alpha: int
     spectrum: Spectrum
     base: Base
     proxy: list[list[int]]
@@ -292,8 +293,8 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         weights = {name: weight.clone() for name, weight in weights.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=context.settings.rank,
-        lora_alpha=context.settings.alpha,
+        r=context.rank,
+        lora_alpha=context.alpha,
         lora_dropout=0.0,
         target_modules=names,
         revision=context.base.manifest["commit"],

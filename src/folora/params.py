@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 from folora.methods import Method, method_from
 
 if TYPE_CHECKING:
@@ -251,23 +251,3 @@ def load_params(path: Path) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         raise FoLoRAError(f"{path}: {describe(error)}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem of a validation error in one line: key, what is allowed, what was given."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = _key(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a location, without what pydantic adds for the members of a union."""
-    # the section or key with a union, and where its member's name stands
-    members = {("foundation", 1), ("adapter", 2), ("tau", 1), ("shrinkage", 1)}
-    parts = [part for position, part in enumerate(location) if (location[0], position) not in members]
-    return ".".join(map(str, parts))

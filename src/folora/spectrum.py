@@ -6,11 +6,10 @@ Artefact tensors, for each layer input named after its first layer: ``NAME.basis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from folora.covariance import read_moments
-from folora.pencil import Pencil, solve
+from folora.pencil import LayerSpectrum, Spectrum, solve
 from folora.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -19,45 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from folora.base import Base
-    from folora.layers import Groups
     from folora.params import Params
+    from folora.pencil import Pencil
 
 
 STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
-
-
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """The spectrum of one layer input of width d: everything a method may need.
-
-    Attributes:
-        basis: (d, d) V̂.
-        eigenvalues: (d,) λ, ascending.
-        penalty: (d, d) C_p, unnormalised.
-        utility: (d, d) C_t, unnormalised.
-        shrinkage: share of the identity that the pencil mixed into the normalised C_p.
-        proxy_tokens: tokens that C_p is the mean of.
-    """
-
-    basis: Tensor
-    eigenvalues: Tensor
-    penalty: Tensor
-    utility: Tensor
-    shrinkage: float
-    proxy_tokens: int
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The spectra of all layer inputs, and which layers read each.
-
-    Attributes:
-        inputs: name of a layer input (its first layer) to its spectrum.
-        groups: name of a layer input to the layers that read it.
-    """
-
-    inputs: dict[str, LayerSpectrum]
-    groups: Groups
 
 
 def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, task_path: Path, output: Path) -> None:

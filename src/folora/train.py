@@ -80,7 +80,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
-    adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
+    adapted = method.adapt(bare, Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy))
     if method.kl_budget and not adapted.scalable:
         raise FoLoRAError(
             f"methods.{run.method}.kl_budget: {method.kind_name()} edits W or trains it: choose another kind"
