@@ -12,6 +12,7 @@ from folora.adapter import load_checkpoint
 from folora.methods import kinds
 from folora.params import Params
 from folora.storage import read_table
+from folora.tracking import RunLog
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def test_starts_at_the_base_and_exports_what_it_trained(
     section: dict[str, Any], pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = pipeline.values()
-    params = Params.model_validate(values | {"methods": values["methods"] | {"lora": section}})
+    values["methods"]["lora"] = section
+    values["train"] |= {"steps": 3, "checkpoints": 1}
+    params = Params.model_validate(values)
     ids = torch.tensor([row[:6] for row in read_table(pipeline.task)[0]["input_ids"].to_pylist()[:16]])
     with torch.no_grad():
         base = pipeline.base.load_model()(input_ids=ids).logits
@@ -72,6 +75,7 @@ def test_starts_at_the_base_and_exports_what_it_trained(
         seen.append(adapted)
 
     monkeypatch.setattr(folora.train, "fit", spy)
+    monkeypatch.setattr(RunLog, "open", lambda *_: None)  # MLflow takes as long as such a training
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
     train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     with torch.no_grad():
