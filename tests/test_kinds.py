@@ -38,6 +38,7 @@ VARIANTS = {kind: {"kind": kind} for kind in kinds()} | {
     "quantile": {"kind": "folora", "tau": {"quantile": 0.5}},
     "budget": {"kind": "folora", "tau": {"budget": 0.1}},
     "oas": {"kind": "folora", "shrinkage": "oas"},
+    "ledoit-wolf": {"kind": "folora", "shrinkage": "ledoit-wolf"},
     "unit columns": {"kind": "folora", "columns": "unit"},
     "spectral start": {"kind": "folora", "start": "spectral"},
     "kaiming start": {"kind": "folora", "start": "kaiming"},

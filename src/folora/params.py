@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from folora.errors import FoLoRAError, describe
 from folora.methods import Method, method_from
+from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Shrinkage = Annotated[
+    Annotated[float, Field(gt=0, le=0.5)] | ShrinkageName,
+    Field(description="share a of the identity in the penalty's moment, (1 - a) C + a I, or how it is estimated"),
+]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -111,7 +116,7 @@ class Covariance(Section):
 class SpectrumSection(Section):
     """The generalised eigenproblem."""
 
-    shrinkage: Annotated[float, Field(gt=0, le=0.5, description="share a of the identity: (1 - a) C + a I")]
+    shrinkage: Shrinkage
 
 
 class Adapter(Section):

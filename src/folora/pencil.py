@@ -50,6 +50,7 @@ class LayerSpectrum:
         utility: (d, d) C_t, unnormalised.
         shrinkage: share of the identity that the pencil mixed into the normalised C_p.
         proxy_tokens: tokens that C_p is the mean of.
+        proxy_fourth: mean of ‖x‖⁴ over them.
     """
 
     basis: Tensor
@@ -58,6 +59,7 @@ class LayerSpectrum:
     utility: Tensor
     shrinkage: float
     proxy_tokens: int
+    proxy_fourth: float
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from folora.covariance import read_moments
 from folora.pencil import LayerSpectrum, Spectrum, solve
+from folora.shrinkage import shrinkage_of
 from folora.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -47,9 +48,12 @@ def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, 
     health = {}
     for name in groups:
         penalty, utility = proxy.mean(name), target.mean(name)
-        pencil = solve(penalty, utility, shrinkage=params.spectrum.shrinkage, name=name)
+        fourth = float(proxy.fourths[name]) / proxy.tokens
+        chosen = params.spectrum.shrinkage
+        share = shrinkage_of(chosen, penalty, fourth, proxy.tokens) if isinstance(chosen, str) else chosen
+        pencil = solve(penalty, utility, shrinkage=share, name=name)
         tensors |= {f"{name}.{field}": value for field, value in _stored(pencil, penalty, utility).items()}
-        health[name] = pencil.health
+        health[name] = {**pencil.health, "proxy_fourth": fourth}
     manifest = {
         "artefact": "spectrum",
         **base.identity,
@@ -84,6 +88,7 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
             **{field: tensors[f"{name}.{field}"] for field in STORED},
             shrinkage=manifest["health"][name]["shrinkage"],
             proxy_tokens=manifest["proxy_tokens"],
+            proxy_fourth=manifest["health"][name]["proxy_fourth"],
         )
         for name in manifest["groups"]
     }
