@@ -159,6 +159,21 @@ def test_batches_follow_the_schedule(pipeline: Pipeline, tmp_path: Path, monkeyp
     assert replayed == 4 * settings.steps
 
 
+def test_replay_may_be_matched_in_tokens(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    values = pipeline.values()
+    values["methods"]["lora"] = {"kind": "lora", "replay": 16, "replay_match": "tokens"}
+    train(pipeline, LORA, tmp_path / "run", **values)
+    assert 1 <= len(spy.batches) < pipeline.params.train.steps
+    matched = sum(int(batch["attention_mask"].sum()) for batch in spy.batches)
+    values["methods"]["lora"] = {"kind": "lora"}
+    spy.batches.clear()
+    train(pipeline, LORA, tmp_path / "alone", **values)
+    alone = sum(int(batch["attention_mask"].sum()) for batch in spy.batches)
+    assert len(spy.batches) == pipeline.params.train.steps
+    assert matched == pytest.approx(alone, rel=0.3)
+
+
 def test_history_holds_the_meter(runs: Path) -> None:
     for run in (runs / "lora" / LORA, runs / "folora-replay" / REPLAY):
         table, _ = read_table(run / "history.parquet", artefact="history", run=run.name)

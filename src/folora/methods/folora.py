@@ -213,13 +213,15 @@ class ColumnGates:
             return
         from folora.pencil import solve
 
-        pencil = solve(A @ penalty @ A.mT, A @ utility @ A.mT, shrinkage=1e-6, name=layer.name)
+        penalty, utility = A @ penalty @ A.mT, A @ utility @ A.mT
+        pencil = solve(penalty, utility, shrinkage=1e-6, name=layer.name)
+        eigenvalues = pencil.eigenvalues * (utility.trace() / penalty.trace())  # solve takes both traces out
         state = optimizer.state.get(layer.B)
         if state and coordinates.basis is not None:
             # the mean of a gradient G V_old becomes that of G V_new
             transport = torch.linalg.solve(coordinates.basis.double(), pencil.basis).float()
             state["exp_avg"] = state["exp_avg"] @ transport
-        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(pencil.eigenvalues).float()
+        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(eigenvalues).float()
 
 
 def spectral_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:
