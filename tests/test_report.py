@@ -334,19 +334,10 @@ def test_verdict_on_many_methods_names_numbers_and_extremes(many: Path) -> None:
     assert re.search(r"keeps more than \d+ methods, from other-\d+ \(\+0\.\d\d at 0\.\d\d\) to other-\d+", text)
 
 
-def test_report_is_the_same_bytes_again(
-    full: Path, pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path: Path
+def test_another_process_writes_the_same_bytes_and_imports_no_torch(
+    full: Path, pipeline: Pipeline, runs: Path, evaluations: Path, save_params: SaveParams, tmp_path: Path
 ) -> None:
-    write_report(pipeline.params, evaluations, tmp_path / "report", runs=runs, spectra=pipeline.spectrum.parent)
-    for path in full.iterdir():
-        if path.name != "summary.txt":  # names its own folder
-            assert path.read_bytes() == (tmp_path / "report" / path.name).read_bytes(), path.name
-
-
-def test_report_itself_imports_no_torch(
-    pipeline: Pipeline, runs: Path, evaluations: Path, save_params: SaveParams, tmp_path: Path
-) -> None:
-    """With torch barred once the parameters are read: their methods may have loaded it."""
+    """Torch is barred once the parameters are read: their methods may have loaded it."""
     script = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -361,6 +352,9 @@ def test_report_itself_imports_no_torch(
     command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    for path in full.iterdir():
+        if path.name != "summary.txt":  # names its own folder
+            assert path.read_bytes() == (tmp_path / "report" / path.name).read_bytes(), path.name
 
 
 def test_results_of_the_pipeline_make_a_report(full: Path) -> None:

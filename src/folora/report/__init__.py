@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from folora.report.figures import draw, stacked
 from folora.report.inputs import read_inputs
+from folora.report.page import page
 from folora.report.study import make_studies
-from folora.report.tables import checkpoint_rows, history_rows, kept_rows, match_rows, metrics, summary_rows
+from folora.report.tables import figure_rows, match_rows, metrics, summary_rows
+from folora.report.text import markdown, summary
 from folora.storage import publish, write_json
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from folora.comparison import Record
     from folora.params import Params
 
-PICTURES = ("frontier", "kept", "training")  # figures that are PNG files too
+PICTURES = {"frontier", "kept", "training"}  # figures that are PNG files too
 
 
 def write_report(
@@ -36,40 +39,19 @@ def write_report(
     """
     inputs = read_inputs(params, evaluations, runs, spectra)
     studies = make_studies(params, inputs)
-
-    from folora.report import figures
-    from folora.report.page import page
-    from folora.report.spectra import gated_method, spectrum_rows
-    from folora.report.text import markdown, summary
-
-    rows: dict[str, list[list[Record]]] = {
-        "frontier": [checkpoint_rows(study) for study in studies],
-        "kept": [kept_rows(study) for study in studies],
-    }
-    charts: dict[str, list[Any]] = {
-        "frontier": [figures.frontier_chart(*pair) for pair in zip(studies, rows["frontier"], strict=True)],
-        "kept": [figures.kept_chart(*pair) for pair in zip(studies, rows["kept"], strict=True)],
-    }
-    if runs:
-        rows["training"] = [history_rows(study, inputs.histories) for study in studies]
-        charts["training"] = [figures.training_chart(*pair) for pair in zip(studies, rows["training"], strict=True)]
-    if spectra:
-        gated = gated_method(params)[1]
-        rows["spectrum"] = [spectrum_rows(inputs.spectra[study.name], gated) for study in studies]
-        charts["spectrum"] = [figures.spectrum_chart(own) for own in rows["spectrum"]]
+    rows = [figure_rows(params, inputs, study) for study in studies]
+    charts = [draw(study, own) for study, own in zip(studies, rows, strict=True)]
     text = summary(studies, params, output)
     with publish(output) as folder:
         folder.mkdir()
         write_json(folder / "metrics.json", metrics(studies))
         _write_csv(folder / "summary.csv", summary_rows(studies))
         _write_csv(folder / "matches.csv", match_rows(studies))
-        for name, each in rows.items():
-            _write_csv(folder / f"{name}.csv", [row for own in each for row in own])
-        for name in PICTURES:
-            if name in charts:
-                names = (study.name for study in studies)
-                picture = figures.stacked(list(zip(names, charts[name], strict=True)))
-                picture.save(str(folder / f"{name}.png"), format="png", scale_factor=2)
+        for name in rows[0]:
+            _write_csv(folder / f"{name}.csv", [row for own in rows for row in own[name]])
+        for name in PICTURES & charts[0].keys():
+            picture = stacked([(study.name, own[name]) for study, own in zip(studies, charts, strict=True)])
+            picture.save(str(folder / f"{name}.png"), format="png", scale_factor=2)
         (folder / "index.html").write_text(page(params, inputs, studies, charts))
         (folder / "summary.txt").write_text(text)
         (folder / "summary.md").write_text(markdown(studies))

@@ -20,6 +20,24 @@ WIDTH, HEIGHT = 360, 300
 DIVERGING = ["#b2182b", "#f4f4f4", "#2166ac"]
 
 
+def draw(study: Study, rows: dict[str, list[Record]]) -> dict[str, Any]:
+    """A chart for each of the figures that there are rows for.
+
+    Args:
+        study: names methods and tasks.
+        rows: of ``tables.figure_rows``.
+    """
+    charts: dict[str, Any] = {
+        "frontier": frontier_chart(study, rows["frontier"]),
+        "kept": kept_chart(study, rows["kept"]),
+    }
+    if "training" in rows:
+        charts["training"] = training_chart(study, rows["training"])
+    if "spectrum" in rows:
+        charts["spectrum"] = spectrum_chart(rows["spectrum"])
+    return charts
+
+
 def frontier_chart(study: Study, rows: list[Record]) -> alt.HConcatChart:
     """Target against kept accuracy, and target against KL: a point a checkpoint, a line a seed's frontier.
 
@@ -29,11 +47,11 @@ def frontier_chart(study: Study, rows: list[Record]) -> alt.HConcatChart:
     """
     look = Look(study)
     target = _accuracy_axis(alt.X("target:Q", title="target accuracy"))
-    tooltip: list[Any] = [look.tooltip, alt.Tooltip("learning_rate:Q", title="rate"), "seed:N", "step:Q"]
+    tooltip: list[Any] = ["method:N", alt.Tooltip("learning_rate:Q", title="rate"), "seed:N", "step:Q"]
     tooltip += [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("target", "kept", "kl")]
     kept = _accuracy_axis(alt.Y("kept:Q", title="kept accuracy"))
     kl = _log_axis(alt.Y("kl:Q", title="KL to the base (nats per token)"))
-    base = alt.Chart(_data(rows[:1])).mark_point(shape="diamond", filled=True, size=160, color=INK, opacity=1)
+    base = _chart(rows[:1]).mark_point(shape="diamond", filled=True, size=160, color=INK, opacity=1)
     adapted = rows[1:]
     # every method starts at the base; its KL is zero and has no place on a logarithmic axis
     starts = dict.fromkeys((row["method"], row["seed"]) for row in adapted)
@@ -65,7 +83,7 @@ def training_chart(study: Study, rows: list[Record]) -> alt.HConcatChart:
     for name, title in (("penalty", "penalty (relative change on proxy text)"), ("kl", "KL to the base")):
         positive = [row for row in rows if row[name] > 0]  # a logarithmic axis has no zero
         value = _log_axis(alt.Y(f"{name}:Q", title=title))
-        tooltip: list[Any] = [look.tooltip, "seed:N", "step:Q", alt.Tooltip(f"{name}:Q", format=".3g")]
+        tooltip: list[Any] = ["method:N", "seed:N", "step:Q", alt.Tooltip(f"{name}:Q", format=".3g")]
         lines = look.lines(positive).encode(step, value, detail="seed:N")
         points = look.points(positive, size=18).encode(step, value, tooltip=tooltip)
         panels.append(alt.layer(lines if panels else lines.add_params(look.selection), points))
@@ -79,8 +97,8 @@ def kept_chart(study: Study, rows: list[Record]) -> alt.LayerChart:
         study: names methods and tasks.
         rows: of ``tables.kept_rows``.
     """
-    shown = [row | {"mark": f"{row['change']:+.2f}{'*' if row['p'] < SIGNIFICANT else ''}"} for row in rows]
-    chart = alt.Chart(_data(shown)).encode(
+    shown = [row | {"mark": f"{row['change']:+z.2f}{'*' if row['p'] < SIGNIFICANT else ''}"} for row in rows]
+    chart = _chart(shown).encode(
         alt.X("task:N", title=None, sort=study.kept).axis(orient="top", labelAngle=0),
         alt.Y("method:N", title=None, sort=list(study.comparison.arms)).axis(labelLimit=200),
         tooltip=[
@@ -105,7 +123,7 @@ def spectrum_chart(rows: list[Record]) -> alt.HConcatChart:
     share = alt.X("share:Q", title="share of the directions").axis(format="%", tickCount=5)
     color = alt.Color("kind:N", title=None)
     tooltip = ["input:N", alt.Tooltip("eigenvalue:Q", format=".3g", title="λ"), alt.Tooltip("share:Q", format=".0%")]
-    lines = alt.Chart(_data(rows)).mark_line(strokeWidth=1.5, opacity=0.7).encode(share, color, detail="input:N")
+    lines = _chart(rows).mark_line(strokeWidth=1.5, opacity=0.7).encode(share, color, detail="input:N")
     left = lines.encode(_log_axis(alt.Y("eigenvalue:Q", title="λ: utility per penalty")), tooltip=tooltip)
     if "gate" not in rows[0]:
         return _side_by_side(left)
@@ -141,7 +159,6 @@ class Look:
         count = len(COLORS)
         name = "chosen_" + "".join(c if c.isalnum() else "_" for c in study.name)
         self.selection = alt.selection_point(name, fields=["method"], bind="legend", toggle="true", value=chosen)
-        self.tooltip = alt.Tooltip("method:N")
         colors = [COLORS[i % count] for i in range(len(names))]
         shapes = [SHAPES[i // count % len(SHAPES)] for i in range(len(names))]
         self._color = alt.Color("method:N", title=None).scale(domain=names, range=colors)
@@ -152,11 +169,11 @@ class Look:
 
     def lines(self, rows: list[Record]) -> alt.Chart:
         """Lines in the methods' colours, the highlighted ones bold."""
-        return alt.Chart(_data(rows)).mark_line().encode(self._color, opacity=self._opacity, strokeWidth=self._width)
+        return _chart(rows).mark_line().encode(self._color, opacity=self._opacity, strokeWidth=self._width)
 
     def points(self, rows: list[Record], size: int = 55) -> alt.Chart:
         """Points in the methods' colours and shapes."""
-        marks = alt.Chart(_data(rows)).mark_point(filled=True, size=size)
+        marks = _chart(rows).mark_point(filled=True, size=size)
         return marks.encode(self._color, self._shape, opacity=self._opacity)
 
 
@@ -168,8 +185,8 @@ def _log_axis(axis: Any) -> Any:
     return axis.scale(type="log").axis(tickCount=5, format="~g")
 
 
-def _data(rows: list[Record]) -> alt.Data:
-    return alt.Data(values=rows)
+def _chart(rows: list[Record]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=rows))
 
 
 def _side_by_side(*panels: Any) -> alt.HConcatChart:

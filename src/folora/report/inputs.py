@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from folora.comparison import Checkpoint, Record
+    from folora.paired import Answers
     from folora.params import Params
-
-    AdaptationAnswers = dict[Checkpoint, dict[str, NDArray[np.bool_]]]
 
 BASE = BASE_CHECKPOINT[0]
 
@@ -59,7 +58,7 @@ class Inputs:
     runs: Path | None
     bases: dict[str, Record]
     records: list[Record]
-    answers: dict[str, AdaptationAnswers]
+    answers: dict[str, Answers]
     manifests: dict[str, Record]
     histories: dict[str, list[Record]]
     spectra: dict[str, Spectrum]
@@ -80,19 +79,17 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
     missing |= {name for name in params.evaluation.kept for r in bases.values() if f"kept/{name}" not in r}
     if missing:
         raise FoLoRAError(f"{evaluations}: no result of {min(missing)}: run `dvc repro` for what is missing")
+    folders = {name: runs / run.method / name for name, run in params.runs.items()} if runs else {}
+    files = {name: spectra / f"{name}.safetensors" for name in sorted(adaptations)} if spectra else {}
     return Inputs(
         evaluations=evaluations,
         runs=runs,
         bases=bases,
         records=records,
         answers=_all_correct(evaluations, [BASE, *params.methods]),
-        manifests={name: _manifest(runs / run.method / name, name) for name, run in params.runs.items()}
-        if runs
-        else {},
-        histories={name: _history(runs / run.method / name, name) for name, run in params.runs.items()} if runs else {},
-        spectra={name: read_spectrum(spectra / f"{name}.safetensors") for name in sorted(adaptations)}
-        if spectra
-        else {},
+        manifests={name: _manifest(folder, name) for name, folder in folders.items()},
+        histories={name: _history(folder, name) for name, folder in folders.items()},
+        spectra={name: read_spectrum(file) for name, file in files.items()},
     )
 
 
@@ -141,9 +138,9 @@ def _correct(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.bool_]]
     return dict(zip(names, each, strict=True))
 
 
-def _all_correct(evaluations: Path, folders: list[str]) -> dict[str, AdaptationAnswers]:
+def _all_correct(evaluations: Path, folders: list[str]) -> dict[str, Answers]:
     """The answers of every checkpoint, by adaptation; all to the same items."""
-    answers: dict[str, AdaptationAnswers] = {}
+    answers: dict[str, Any] = {}
     for folder in folders:
         for (adaptation, run, step, task), correct in _correct(evaluations / folder).items():
             answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = correct

@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 
 
-def page(params: Params, inputs: Inputs, studies: list[Study], charts: dict[str, list[Any]]) -> str:
+def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict[str, Any]]) -> str:
     """The report as one HTML page.
 
     Args:
         params: names methods and tasks.
         inputs: for answers, runs and spectra.
         studies: one an adaptation.
-        charts: of each figure one a study.
+        charts: of each study, by the name of the figure.
     """
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
     from vl_convert import javascript_bundle
 
     environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    specs = {f"{name}-{i}": _json(chart) for name, drawn in charts.items() for i, chart in enumerate(drawn)}
+    specs = {f"{name}-{i}": _json(chart) for i, drawn in enumerate(charts) for name, chart in drawn.items()}
     return environment.get_template("page.html.j2").render(
         studies=[_sections(params, inputs, study) for study in studies],
         text=text,
@@ -67,7 +67,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "verdict": verdict(study),
         "area_note": text.area_note(study),
         "arms": text.arm_cells(study),
-        "tests": text.test_cells(study),
+        "differences": text.difference_cells(study),
         "costs": text.cost_cells(study),
         "pairs": text.pair_cells(study),
         "answered_by": list(dict.fromkeys([BASE, study.reference, study.subject])),

@@ -26,7 +26,7 @@ HEALTH = {  # title to field of a pencil's health record and format
     "shrinkage": ("shrinkage", "g"),
     "greatest λ": ("greatest", ".1f"),
     "mean gate": ("mean_gate", ".2f"),
-    "open": ("open", ".0%"),
+    "gates over ½": ("open", ".0%"),
 }
 
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from folora.comparison import FIGURES, SPREAD, Match, seed_curve
 from folora.frontier import on_frontier
 from folora.report.inputs import BASE
+from folora.report.spectra import gated_method, spectrum_rows
 
 if TYPE_CHECKING:
     from folora.comparison import Record
+    from folora.params import Params
+    from folora.report.inputs import Inputs
     from folora.report.study import Study
 
 COSTS = ("trainable", "export", "rank", "bytes")
@@ -86,6 +89,16 @@ def match_rows(studies: list[Study]) -> list[Record]:
     ]
 
 
+def figure_rows(params: Params, inputs: Inputs, study: Study) -> dict[str, list[Record]]:
+    """The rows behind every figure of a study, by its name; without runs or spectra theirs are left out."""
+    rows = {"frontier": checkpoint_rows(study), "kept": kept_rows(study)}
+    if inputs.histories:
+        rows["training"] = history_rows(study, inputs.histories)
+    if inputs.spectra:
+        rows["spectrum"] = spectrum_rows(inputs.spectra[study.name], gated_method(params)[1])
+    return rows
+
+
 def checkpoint_rows(study: Study) -> list[Record]:
     """One row a checkpoint, the base first, and whether it lies on its seed's frontier of kept accuracy or of KL."""
     names = ("adaptation", "method", "learning_rate", "seed", "step", *FIGURES)
@@ -100,7 +113,7 @@ def checkpoint_rows(study: Study) -> list[Record]:
 
 
 def kept_rows(study: Study) -> list[Record]:
-    """One row a method and kept task: accuracy, its change from the base model's and whether that is significant."""
+    """One row a method and kept task: accuracy, its change from the base model's and the p-value of that."""
     rows = []
     for method, arm in study.comparison.arms.items():
         for task in study.kept:

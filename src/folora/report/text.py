@@ -52,7 +52,8 @@ def area_note(study: Study) -> str:
     """What the column ``area`` means."""
     return (
         f"the hypervolume: what a method's checkpoints dominate in the plane of target and kept accuracy, right of the "
-        f"base model's target accuracy ({study.base['target']:.2f}) and above a kept accuracy of 0; mean over seeds"
+        f"base model's target accuracy ({study.base['target']:.2f}) and above a kept accuracy of 0; mean over seeds. "
+        f"More rates or checkpoints can only add to it"
     )
 
 
@@ -90,31 +91,26 @@ def arm_cells(study: Study) -> list[list[str]]:
     return [cells(arm_row(study, method), ARMS, intervals=True) for method in (BASE, *study.comparison.arms)]
 
 
-def test_cells(study: Study) -> list[list[str]]:
+def difference_cells(study: Study) -> list[list[str]]:
     """Differences from the reference at the best rates as cells: kept and its p, target and its p."""
-    rows = [arm_row(study, method) for method in study.comparison.arms]
-    columns = {"": ("method", 0), "kept": ("kept_gain", 2), "target": ("target_gain", 2)}
+    columns = {"kept": ("kept_gain", 2), "target": ("target_gain", 2)}
     made = []
-    for row in rows:
+    for method in study.comparison.arms:
+        row = arm_row(study, method)
         if row["kept_gain"] is not None:
-            method, kept, target = cells(row, columns, intervals=True)
+            kept, target = cells(row, columns, intervals=True)
             made.append([method, kept, f"{row['kept_gain_p']:.2g}", target, f"{row['target_gain_p']:.2g}"])
     return made
 
 
 def cost_cells(study: Study) -> list[list[str]]:
-    """What a method's checkpoint is, as cells."""
-    rows = [arm_row(study, method) for method in study.comparison.arms]
-    return [
-        [
-            row["method"],
-            f"{row['trainable']:,}",
-            row["export"],
-            str(row["rank"] or "–"),
-            f"{row['bytes'] / 1000:,.0f} kB",
-        ]
-        for row in rows
-    ]
+    """What a method's checkpoint is, as cells: trained parameters, kind, rank and size."""
+    made = []
+    for method in study.comparison.arms:
+        row = arm_row(study, method)
+        size = f"{row['bytes'] / 1000:,.0f} kB"
+        made.append([method, f"{row['trainable']:,}", row["export"], str(row["rank"] or "–"), size])
+    return made
 
 
 def kept_cells(study: Study) -> list[list[str]]:

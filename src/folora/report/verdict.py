@@ -15,7 +15,7 @@ FEW = 4  # so many methods are named; of more, their number and the extremes
 
 
 def verdict(study: Study) -> str:
-    """One to three sentences on the subject of a study."""
+    """One or two sentences on the subject of a study: against the reference, and against all others."""
     subject, reference = study.subject, study.reference
     matches = study.comparison.arms[subject].matches
     gains = {other: study.pairs[subject, other].gain for other in matches}
@@ -24,25 +24,22 @@ def verdict(study: Study) -> str:
     sentences = []
     if reference in gains:
         sentences.append(_against_reference(subject, reference, matches[reference], gains.pop(reference)))
-    wins = [other for other, gain in gains.items() if gain.significant and gain.value > 0]
-    losses = [other for other, gain in gains.items() if gain.significant and gain.value < 0]
-    ties = [other for other, gain in gains.items() if not gain.significant]
-    clauses = [
-        f"{verb} {_named(others, matches)}"
-        for verb, others in (("keeps more than", wins), ("ties with", ties))
-        if others
-    ]
-    if clauses:
-        sentences.append(f"It {' and '.join(clauses)}.")
-    if losses:
-        sentences.append(f"It loses to {_named(losses, matches)}.")
+    told_apart = {other: gain.value for other, gain in gains.items() if gain.significant}
+    groups = {
+        "keeps more than": [other for other, value in told_apart.items() if value > 0],
+        "ties with": [other for other in gains if other not in told_apart],
+        "loses to": [other for other, value in told_apart.items() if value < 0],
+    }
+    claims = [f"{verb} {_named(others, matches)}" for verb, others in groups.items() if others]
+    if claims:
+        sentences.append(f"{'It' if sentences else subject} {'; it '.join(claims)}.")
     return " ".join(sentences)
 
 
 def _against_reference(subject: str, reference: str, match: Match, gain: Difference) -> str:
     interval = f"95 % interval {gain.low:z.2f} to {gain.high:z.2f}"
     more = f"{abs(gain.value):.2f} {'more' if gain.value >= 0 else 'less'}"
-    kl = f", at a KL {_times(match.kl_ratio)}" if match.kl_ratio else ""
+    kl = _kl(match.kl_ratio)
     if gain.significant:
         return f"{subject} keeps {more} than {reference} at the target accuracy {match.target:.2f} ({interval}){kl}."
     return (
@@ -50,8 +47,12 @@ def _against_reference(subject: str, reference: str, match: Match, gain: Differe
     )
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times greater"
+def _kl(ratio: float | None) -> str:
+    if ratio is None or ratio == 0:
+        return ""
+    if f"{max(ratio, 1 / ratio):.1f}" == "1.0":
+        return ", at the same KL"
+    return f", at a KL {ratio:.1f} times smaller" if ratio > 1 else f", at a KL {1 / ratio:.1f} times greater"
 
 
 def _named(methods: list[str], matches: dict[str, Match]) -> str:
