@@ -2,7 +2,8 @@
 
 Accuracies come from the lm-evaluation-harness with local task files; KL to the base and perplexity from held-out
 proxy text. A folder of results holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item,
-so that methods can be compared item by item).
+so that methods can be compared item by item). The metrics of a method also say what it costs: ``trainable``
+parameters, and of the checkpoint what it is (``export``), its ``rank`` and its ``bytes``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from folora.adapter import load_checkpoint
+from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
@@ -153,13 +154,14 @@ def evaluate_method(
         manifest = read_json(runs / name / MANIFEST_FILE)
         check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
+        _, history = read_table(runs / name / "history.parquet", artefact="history", run=name)
         results = []
         for checkpoint in checkpoints_of(runs / name):
             model = load_checkpoint(model, checkpoint)
             key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
             key |= {"seed": run.seed, "step": int(checkpoint.name)}
             record, answered = _measure(evaluator, model, run, params, checkpoint)
-            results.append({**key, **record})
+            results.append({**key, **record, "trainable": history["trainable"], **export_of(checkpoint)})
             answers += [{**key, **answer} for answer in answered]
         metrics += results
         _log(params, name, run, digest_of(manifest), results)
@@ -177,6 +179,19 @@ def checkpoints_of(run: Path) -> list[Path]:
     if not found:
         raise FoLoRAError(f"{folder}: holds no checkpoint: delete the run and train it again")
     return found
+
+
+def export_of(checkpoint: Path) -> Record:
+    """What a checkpoint is: ``export`` (LoRA, DoRA or changed weights), ``rank`` (0 of weights) and ``bytes``.
+
+    Raises:
+        FoLoRAError: it holds neither an adapter nor weights.
+    """
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    if (checkpoint / WEIGHTS_FILE).exists():
+        return {"export": "weights", "rank": 0, "bytes": size}
+    config = read_json(checkpoint / "adapter_config.json")
+    return {"export": "DoRA" if config["use_dora"] else "LoRA", "rank": config["r"], "bytes": size}
 
 
 def _measure(

@@ -96,7 +96,9 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
             if not adapted.moved():
                 raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
             adapted.save(folder / "adapter")
-            write_table(folder / "history.parquet", recorder.table(), {"artefact": "history", "run": name})
+            size = sum(parameter.numel() for parameter in adapted.trained)
+            history = {"artefact": "history", "run": name, "trainable": size}
+            write_table(folder / "history.parquet", recorder.table(), history)
             write_json(folder / MANIFEST_FILE, manifest)
             log.folder(folder / "adapter", "adapter")
 
