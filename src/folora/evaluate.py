@@ -19,6 +19,7 @@ from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
 from folora.proxy import HELDOUT
+from folora.records import read_record, source_tags
 from folora.storage import (
     MANIFEST_FILE,
     check_fields,
@@ -31,7 +32,7 @@ from folora.storage import (
     require,
     write_table,
 )
-from folora.tracking import run_log, source_tags
+from folora.tracking import sending
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,13 +135,13 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
         answered = evaluator.answers(evaluator.model, evaluator.tasks_of(settings))
         metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.divergence(evaluator.model))})
         answers += [{**key, **answer} for answer in answered]
-    _write(output, metrics, answers)
+    _write(output, metrics, answers, {})
 
 
 def evaluate_method(
     params: Params, method: str, base: Base, tasks: Path, heldout: Path, runs: Path, output: Path
 ) -> None:
-    """Measure every checkpoint of every run of a method, and log the last one's metrics to the run's MLflow run.
+    """Measure every checkpoint of every run of a method, and bring the runs in MLflow up to it.
 
     Raises:
         FoLoRAError: a run is missing or of another model, or an adapter changes nothing.
@@ -148,22 +149,26 @@ def evaluate_method(
     evaluator = Evaluator(params, base, tasks, heldout)
     metrics: list[Record] = []
     answers: list[Record] = []
+    digests: dict[str, str] = {}
+    source = source_tags(params)
     model: PreTrainedModel | PeftModel = evaluator.model
-    for name, run in params.runs_of(method).items():
-        manifest = read_json(runs / name / MANIFEST_FILE)
-        check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
-        check_fields(runs / name, manifest["params"], **run_params(params, name))
-        results = []
-        for checkpoint in checkpoints_of(runs / name):
-            model = load_checkpoint(model, checkpoint)
-            key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
-            key |= {"seed": run.seed, "step": int(checkpoint.name)}
-            record, answered = _measure(evaluator, model, run, params, checkpoint)
-            results.append({**key, **record})
-            answers += [{**key, **answer} for answer in answered]
-        metrics += results
-        _log(params, name, run, digest_of(manifest), results)
-    _write(output, metrics, answers)
+    with sending(params.tracking) as sender:
+        for name, run in params.runs_of(method).items():
+            manifest = read_json(runs / name / MANIFEST_FILE)
+            check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+            check_fields(runs / name, manifest["params"], **run_params(params, name))
+            digests[name] = digest_of(manifest)
+            results = []
+            for checkpoint in checkpoints_of(runs / name):
+                model = load_checkpoint(model, checkpoint)
+                key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
+                key |= {"seed": run.seed, "step": int(checkpoint.name)}
+                record, answered = _measure(evaluator, model, run, params, checkpoint)
+                results.append({**key, **record})
+                answers += [{**key, **answer} for answer in answered]
+            metrics += results
+            sender.send(read_record(runs / name, results, source))
+        _write(output, metrics, answers, digests)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -205,18 +210,11 @@ def scores(answers: list[Record], settings: Any, params: Params) -> Record:
     }
 
 
-def _log(params: Params, name: str, run: Run, digest: str, results: list[Record]) -> None:
-    title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
-    tags = {"method": run.method, "task": run.task, "run": name, "stage": "evaluate", **source_tags()}
-    with run_log(params.tracking, title, digest, tags) as log:
-        for result in results:
-            values = {key: value for key, value in result.items() if isinstance(value, float)}
-            log.metrics({key: value for key, value in values.items() if key != "learning_rate"}, result["step"])
-
-
-def _write(output: Path, metrics: list[Record], answers: list[Record]) -> None:
+def _write(output: Path, metrics: list[Record], answers: list[Record], runs: dict[str, str]) -> None:
+    """Write the results; ``runs`` holds the digest of each run they were measured on."""
     with publish(output) as folder:
         folder.mkdir()
-        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), {"artefact": "metrics"})
+        about = {"artefact": "metrics", "runs": runs}
+        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), about)
         manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
         write_table(folder / "answers.parquet", pa.Table.from_pylist(answers), manifest)

@@ -7,6 +7,7 @@ A run folder holds ``adapter/`` (the result), ``checkpoints/STEP/`` (the last on
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,19 +22,19 @@ from folora.meter import ForgettingMeter
 from folora.objective import Objective
 from folora.params import run_params
 from folora.proxy import HELDOUT
+from folora.records import card_of, peft_adapter, source_tags
 from folora.schedule import batch_rows, equal_token_steps
 from folora.spectrum import read_spectrum
 from folora.storage import (
     FORMAT,
     MANIFEST_FILE,
-    digest_of,
     digest_of_file,
     publish,
     read_table,
     write_json,
     write_table,
 )
-from folora.tracking import RunLog, run_log, source_tags
+from folora.tracking import RunLog, run_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,19 +80,17 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     method = params.methods[run.method]
     adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
-    with publish(output) as folder:
-        title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
-        tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
-        with run_log(params.tracking, title, digest_of(manifest), tags) as log:
-            log.params({**manifest["params"], "inputs": manifest["inputs"], **base.identity})
-            recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
-            fit(adapted, tokenizer, rows, recorder, params, run)
-            if not adapted.moved():
-                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
-            adapted.save(folder / "adapter")
-            write_table(folder / "history.parquet", recorder.table(), {"artefact": "history", "run": name})
-            write_json(folder / MANIFEST_FILE, manifest)
-            log.folder(folder / "adapter", "adapter")
+    with publish(output) as folder, run_log(params.tracking, card_of(manifest), source_tags(params)) as log:
+        recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
+        fit(adapted, tokenizer, rows, recorder, params, run)
+        if not adapted.moved():
+            raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
+        adapted.save(folder / "adapter")
+        about = {"artefact": "history", "run": name, "gates": recorder.gates}
+        write_table(folder / "history.parquet", recorder.table(), about)
+        write_json(folder / MANIFEST_FILE, manifest)
+        if peft_adapter(folder):
+            log.adapter(folder / "adapter", rows.steps)
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
@@ -185,6 +184,8 @@ def fit(
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
     method = params.methods[run.method]
+    optimizer = method.optimizer(adapted, run.learning_rate)
+    recorder.record_gates(optimizer)
     with TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -202,6 +203,7 @@ def fit(
             disable_tqdm=not sys.stderr.isatty(),
             use_cpu=not torch.cuda.is_available(),
             seed=run.seed,
+            include_num_input_tokens_seen="non_padding",
         )
         trainer = ObjectiveTrainer(
             Objective(method, adapted, settings.batch_size),
@@ -209,7 +211,7 @@ def fit(
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
-            optimizers=(method.optimizer(adapted, run.learning_rate), None),
+            optimizers=(optimizer, None),
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
@@ -225,7 +227,28 @@ class Recorder(TrainerCallback):
         self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
         self._meter = ForgettingMeter(adapted.groups)
         self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
+        self._tokens, self._since = 0, time.perf_counter()
         self.history: list[dict[str, float]] = []
+        self.gates: dict[str, float] = {}
+
+    def record_gates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep and log the mean gate of each layer input, where the optimizer gates the updates of A."""
+        of_parameter = {
+            id(parameter): coordinates.gate
+            for group, coordinates in zip(optimizer.param_groups, getattr(optimizer, "coordinates", []), strict=False)
+            for parameter in group["params"]
+        }
+        for group in self._adapted.groups:
+            layer = group.layers[0]
+            gate = of_parameter.get(id(getattr(layer, "A", None)))
+            if gate is not None:
+                self.gates[layer.name] = float(torch.as_tensor(gate).mean())
+        self._log.metrics({f"gate/{name}": gate for name, gate in self.gates.items()}, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        del args, state, control
+        self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save a checkpoint where one is due."""
@@ -238,6 +261,8 @@ class Recorder(TrainerCallback):
         del args, control
         if "loss" not in logs:
             return
+        step, tokens = state.global_step, state.num_input_tokens_seen
+        speed = (tokens - self._tokens) / (time.perf_counter() - self._since)
         model.eval()
         reading = {
             "loss": float(logs["loss"]),
@@ -247,8 +272,11 @@ class Recorder(TrainerCallback):
             "kl": self._text.measure(model).kl,
         }
         model.train()
-        self.history.append({"step": state.global_step, **reading})
-        self._log.metrics({f"train/{key}": value for key, value in reading.items()}, state.global_step)
+        self.history.append({"step": step, **reading})
+        # speed differs from one training to the next and stays out of the history, whose bytes do not
+        logged = {**reading, "tokens_per_second": speed}
+        self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
+        self._tokens, self._since = tokens, time.perf_counter()
 
     def table(self) -> Any:
         """The history as an Arrow table, one row a reading."""
