@@ -230,6 +230,17 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
     }
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def load_params(path: Path) -> Params:
     """Read and validate ``params.yaml``.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.git import git
+from folora.params import flatten
 from folora.presets import preset_of
 from folora.storage import (
     MANIFEST_FILE,
@@ -200,14 +201,3 @@ def evaluation_readings(rows: list[dict[str, Any]]) -> list[tuple[str, float, in
         for key, value in row.items()
         if isinstance(value, float) and key not in KEYS
     ]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
