@@ -17,10 +17,10 @@ import torch
 from conftest import ROOT
 
 import folora.tracking
+from folora.commands.publish import publish_runs
 from folora.errors import FoLoRAError
 from folora.evaluate import evaluate_method
 from folora.params import Tracking
-from folora.publish import publish_runs
 from folora.records import Card, card_of, read_record, source_tags
 from folora.spectrum import read_spectrum
 from folora.storage import digest_of_file, read_json, read_table

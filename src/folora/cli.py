@@ -1,4 +1,4 @@
-"""The command line: one command for each stage of ``dvc.yaml``; the others stand in ``commands.py``.
+"""The command line: one command for each stage of ``dvc.yaml``; the others stand in ``commands``.
 
 Heavy libraries are imported inside the commands, so that a stage pays for what it uses.
 """
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from folora import commands
-from folora.commands import DEFAULT_PARAMS, ParamsFile
+from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
+from folora.commands.cli import app as commands
 from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Fine-tune a language model with LoRA without losing what it already knew.",
     epilog="Exit codes: 0 well, 1 a mistake in values or data, in one line, 2 wrong usage. Example: folora doctor",
 )
-app.add_typer(commands.app)
+app.add_typer(commands)
 logger = logging.getLogger("folora")
 
 Output = Annotated[Path, typer.Option(help="What to write.")]

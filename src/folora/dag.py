@@ -22,7 +22,7 @@ class Change:
     """Something that makes a stage stale.
 
     Attributes:
-        kind: ``dependency``, ``parameter``, ``output`` or ``command``.
+        kind: ``dependency``, ``parameter``, ``output``, ``command``, or ``stage`` for one that has not run yet.
         name: path, dotted key of params.yaml, or the command.
         state: ``modified``, ``new`` or ``deleted``.
         before: of a parameter, the value at the last run; None for one that is new.
@@ -122,6 +122,8 @@ def stale_changes(root: Path) -> dict[str, list[Change]]:
 
 def _changes(stage: Any, entries: list[Any]) -> list[Change]:
     """The entries of ``dvc status`` for one stage."""
+    if not any(file.hash_info for file in (*stage.deps, *stage.outs)):
+        return [Change("stage", stage.addressing, "new")]
     changes = [Change("command", stage.cmd, "modified") for entry in entries if isinstance(entry, str)]
     kinds = {"changed deps": "dependency", "changed outs": "output"}
     for key, found in ((key, found) for entry in entries if isinstance(entry, dict) for key, found in entry.items()):

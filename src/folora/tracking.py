@@ -253,8 +253,11 @@ class RunLog:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log metrics of one step, and what the machine does meanwhile."""
-        readings = self._journal.add(values | self._machine(), step)
-        self._sender.do(lambda store: store.add(self._started, readings))
+        self._add(values | self._machine(), step)
+
+    def constants(self, values: dict[str, float]) -> None:
+        """Log metrics that do not change while training, at step 0."""
+        self._add(values, 0)
 
     def adapter(self, folder: Path, step: int) -> None:
         """Keep the trained adapter."""
@@ -264,6 +267,10 @@ class RunLog:
         """Mark the run ``FINISHED`` or ``FAILED``."""
         ended = int(time.time() * 1000)
         self._sender.do(lambda store: store.set_status(self._started, status, ended))
+
+    def _add(self, values: dict[str, float], step: int) -> None:
+        readings = self._journal.add(values, step)
+        self._sender.do(lambda store: store.add(self._started, readings))
 
     @property
     def _started(self) -> Run:

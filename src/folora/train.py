@@ -243,7 +243,7 @@ class Recorder(TrainerCallback):
             gate = of_parameter.get(id(getattr(layer, "A", None)))
             if gate is not None:
                 self.gates[layer.name] = float(torch.as_tensor(gate).mean())
-        self._log.metrics({f"gate/{name}": gate for name, gate in self.gates.items()}, 0)
+        self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""

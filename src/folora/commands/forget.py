@@ -122,16 +122,19 @@ def put_on(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """Load a PEFT adapter on a base model.
 
     Raises:
-        FoLoRAError: it is damaged, or was made for another model.
+        FoLoRAError: it is damaged, was made for another model, or adds tokens instead of changing layers.
     """
     from peft import PeftModel
     from safetensors import SafetensorError
 
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {reason[:200]}") from error
+    if adapted.active_peft_config.is_prompt_learning:
+        raise FoLoRAError(f"{adapter}: adds tokens to the prompt and changes no layer: name an adapter that does")
+    return adapted
 
 
 def accuracies(answers: Iterable[Record]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from folora.forget import Forgetting
+    from folora.commands.forget import Forgetting
 
 app = typer.Typer()
 
@@ -54,7 +54,7 @@ def why(
     as_json: AsJson = False,
 ) -> None:
     """Say which dependency or parameter makes a stage run again."""
-    from folora.why import explain
+    from folora.commands.why import explain
 
     reasons = explain(Path.cwd(), stage)
     if as_json:
@@ -65,7 +65,7 @@ def why(
 @app.command(rich_help_panel=PANEL, epilog="Example: folora doctor || echo mend this first")
 def doctor(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     """Check machine, environment and folder, and say what to do; exit code 1 if something is a problem."""
-    from folora.doctor import PROBLEM, examine
+    from folora.commands.doctor import PROBLEM, examine
 
     findings = examine(params_file)
     if as_json:
@@ -87,8 +87,8 @@ def compare(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Put two runs side by side: parameters that differ, and what each learned and kept at its last checkpoint."""
+    from folora.commands.compare import compare_runs
     from folora.params import load_params
-    from folora.versus import compare_runs
 
     pair = compare_runs(load_params(params_file), first, second, evaluations)
     if as_json:
@@ -107,8 +107,8 @@ def pick(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Choose the run to ship: the best on validation among those that kept enough; and say how to load and serve it."""
+    from folora.commands.pick import pick_run, usage
     from folora.params import load_params
-    from folora.pick import pick_run, usage
 
     params = load_params(params_file)
     choices = [pick_run(params, name, keep, runs, evaluations) for name in ([task] if task else params.tasks)]
@@ -139,7 +139,7 @@ def forget(
     import torch
 
     from folora.base import open_base
-    from folora.forget import Yardsticks, measure_forgetting
+    from folora.commands.forget import Yardsticks, measure_forgetting
     from folora.params import load_params
 
     params = load_params(params_file)
@@ -158,8 +158,8 @@ def publish(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Send every finished run to an MLflow server or database from its artefacts; twice is once."""
+    from folora.commands.publish import publish_runs
     from folora.params import load_params
-    from folora.publish import publish_runs
     from folora.tracking import address
 
     params = load_params(params_file)
@@ -181,7 +181,7 @@ def clean(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Delete results that params.yaml no longer names, logs, and what killed processes left; asks first."""
-    from folora.clean import find_leftovers, remove, stages_that_read
+    from folora.commands.clean import find_leftovers, remove, stages_that_read
     from folora.params import load_params
 
     leftovers = find_leftovers(load_params(params_file))

@@ -51,8 +51,9 @@ def explain(root: Path, name: str) -> list[Reason]:
     stages = resolve_stages(root)
     chosen = [stage for stage in stages if stage == name or stage.startswith(f"{name}@")]
     if not chosen:
-        near = get_close_matches(name, stages, n=3) or sorted({stage.partition("@")[0] for stage in stages})
-        raise FoLoRAError(f"{name!r} is not a stage; there are {', '.join(near)}, ... (`dvc stage list` shows all)")
+        groups = sorted({stage.partition("@")[0] for stage in stages})
+        near = get_close_matches(name, [*stages, *groups], n=3) or groups
+        raise FoLoRAError(f"{name!r} is not a stage; did you mean {', '.join(near)}? (`dvc stage list` shows all)")
     stale = stale_changes(root)
     reach = {other: below(stages, {other}) for other in stale if other in stages}
     return [
@@ -66,6 +67,8 @@ def explain(root: Path, name: str) -> list[Reason]:
 
 
 def _line(change: Change) -> str:
+    if change.kind == "stage":
+        return "  it has not run yet"
     if change.kind != "parameter":
         return f"  {change.kind} {change.name} {change.state}"
     values = {"new": f"{change.after!r}, new", "deleted": f"gone, was {change.before!r}"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from folora.commands.locks import busy
 from folora.errors import FoLoRAError
-from folora.locks import busy
 from folora.records import JOURNALS, journal_path
 from folora.storage import MANIFEST_FILE, digest_of, read_json
 

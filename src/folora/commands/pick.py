@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
-from folora.results import base_record, final_record
 from folora.storage import MANIFEST_FILE, read_json, require
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def usage(choice: Choice, foundation: Path) -> Usage:
     folder = require(Path(choice.adapter))
     model = read_json(foundation / MANIFEST_FILE)["source"] or str(foundation)
     base = f"AutoModelForCausalLM.from_pretrained({model!r})"
-    whole = f"python -c 'the lines above, then: model.save_pretrained(\"{choice.run}\")' && vllm serve {choice.run}"
+    whole = f"# first, in Python: model.save_pretrained({choice.run!r})\nvllm serve {choice.run} --tokenizer {model}"
     if not (folder / PEFT_CONFIG).exists():
         lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
         load = f"model = load_checkpoint({base}, Path({choice.adapter!r}))"

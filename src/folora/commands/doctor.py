@@ -14,9 +14,9 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from folora.commands.locks import stale_locks
 from folora.errors import FoLoRAError
 from folora.git import git
-from folora.locks import stale_locks
 from folora.params import load_params
 from folora.presets import preset_of
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from folora.commands.results import final_record
 from folora.params import flatten, run_params
-from folora.results import final_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ class Pair:
     def rows(self) -> list[list[str]]:
         """Cells of a table: name, first, second, difference."""
         shown = [[name, _cell(a), _cell(b), ""] for name, (a, b) in self.parameters.items()]
-        return shown + [[name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"] for name, (a, b) in self.figures.items()]
+        return shown + [[name, f"{a:.4g}", f"{b:.4g}", _difference(a, b)] for name, (a, b) in self.figures.items()]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for programs; figures with their difference, second minus first."""
@@ -59,6 +59,10 @@ def compare_runs(params: Params, first: str, second: str, evaluations: Path) -> 
         {name: pair for name, pair in parameters.items() if pair[0] != pair[1]},
         {name: (results[0][name], results[1][name]) for name in figures},
     )
+
+
+def _difference(first: float, second: float) -> str:
+    return "0" if first == second else f"{second - first:+.3g}"
 
 
 def _cell(value: Any) -> str:
