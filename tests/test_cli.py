@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import typer
 from conftest import ROOT
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from conftest import Pipeline, Refused, SaveParams
 
 STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate-base", "evaluate", "report"]
+COMMANDS = ["methods", "use", "why", "doctor", "compare", "pick", "forget", "publish", "clean"]
 
 
 def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -45,7 +49,31 @@ def test_help_is_quick_to_import(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(stage in done.stdout for stage in STAGES)
+    assert all(name in done.stdout for name in STAGES + COMMANDS)
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    start = time.perf_counter()
+    folora("--help", cwd=tmp_path)
+    assert time.perf_counter() - start < 5  # half a second on a machine that does nothing else
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_that_parses(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.epilog.startswith(f"Example: folora {name}")
+    words = shlex.split(command.epilog.removeprefix("Example: ").split("||")[0].split("&&")[0])
+    command.make_context(name, words[2:])
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    plain, debug = folora("use", "nope", cwd=tmp_path), folora("--debug", "use", "nope", cwd=tmp_path)
+    assert (plain.returncode, debug.returncode) == (1, 1)
+    assert plain.stderr.startswith("folora: 'nope' is not a preset")
+    assert len(plain.stderr.splitlines()) == 1
+    assert debug.stderr.endswith(plain.stderr)
+    assert "Traceback" in debug.stderr
+    assert "presets.py" in debug.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -235,24 +235,44 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
     }
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def load_params(path: Path) -> Params:
     """Read and validate ``params.yaml``.
 
     Raises:
         FoLoRAError: missing, not YAML, or a value out of bounds; names the key and what is allowed.
     """
+    if not path.is_file():
+        raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")
+    return parse_params(path.read_bytes(), str(path))
+
+
+def parse_params(text: str | bytes, source: str) -> Params:
+    """Validate the text of a parameter file; ``source`` names it in errors.
+
+    Raises:
+        FoLoRAError: not YAML, or a value out of bounds; names the key and what is allowed.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    if not path.is_file():
-        raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")
     try:
-        content = YAML(typ="safe", pure=True).load(path)
+        content = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        raise FoLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise FoLoRAError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise FoLoRAError(f"{path}: expected a table of sections: see the params.yaml of a fresh clone")
+        raise FoLoRAError(f"{source}: expected a table of sections: see the params.yaml of a fresh clone")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise FoLoRAError(f"{path}: {describe(error)}") from error
+        raise FoLoRAError(f"{source}: {describe(error)}") from error

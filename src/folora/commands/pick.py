@@ -1,0 +1,121 @@
+"""The run to ship: the best at the task among those that kept enough of what the base model knew."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.commands.results import base_record, final_record
+from folora.errors import FoLoRAError
+from folora.storage import MANIFEST_FILE, read_json, require
+
+if TYPE_CHECKING:
+    from folora.params import Params
+
+PEFT_CONFIG = "adapter_config.json"
+TRANSFORMERS = "from transformers import AutoModelForCausalLM"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A run with its figures on the test split.
+
+    Attributes:
+        run: its name in params.yaml.
+        task: what it was adapted to.
+        validation: target accuracy on the validation split, which chose it.
+        target: target accuracy.
+        kept: kept accuracy.
+        kept_share: of the base model's kept accuracy.
+        kl: KL to the base model.
+        adapter: folder.
+    """
+
+    run: str
+    task: str
+    validation: float
+    target: float
+    kept: float
+    kept_share: float
+    kl: float
+    adapter: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        return asdict(self)
+
+
+def pick_run(params: Params, task: str, keep: float, runs: Path, evaluations: Path) -> Choice:
+    """The run with the best validation accuracy whose kept accuracy is at least a share of the base model's.
+
+    A tie goes to the run that kept more, then to the smaller KL.
+
+    Args:
+        params: names the runs.
+        task: entry of tasks.
+        keep: the share.
+        runs: folder with METHOD/RUN.
+        evaluations: folder with the results.
+
+    Raises:
+        FoLoRAError: no run on this task kept so much, or one was not measured.
+    """
+    base = base_record(task, evaluations)["kept"]
+    choices = []
+    for name, run in params.runs.items():
+        if run.task != task:
+            continue
+        found = final_record(params, name, evaluations)
+        figures = {key: found[key] for key in ("validation", "target", "kept", "kl")}
+        share = found["kept"] / base if base else 1.0
+        adapter = runs / run.method / name / "adapter"
+        choices.append(Choice(name, task, kept_share=share, adapter=str(adapter), **figures))
+    if not choices:
+        raise FoLoRAError(f"runs: none is on the task {task}; there are {', '.join(params.tasks)}")
+    enough = [choice for choice in choices if choice.kept_share >= keep]
+    if not enough:
+        most = max(choices, key=lambda choice: choice.kept_share)
+        raise FoLoRAError(
+            f"no run on {task} kept {keep:g} of the base model's {base:.2f}; the most is {most.kept_share:.2f}, by "
+            f"{most.run}: lower --keep, or try methods that keep more (`folora methods`)"
+        )
+    return max(enough, key=lambda choice: (choice.validation, choice.kept, -choice.kl))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How to use an adapter.
+
+    Attributes:
+        load: Python that leaves the adapted model in ``model``.
+        serve: shell commands.
+    """
+
+    load: str
+    serve: str
+
+
+def usage(choice: Choice, foundation: Path) -> Usage:
+    """How to load and serve the run.
+
+    Raises:
+        FoLoRAError: the adapter or the base model is not there.
+    """
+    folder = require(Path(choice.adapter))
+    model = read_json(foundation / MANIFEST_FILE)["source"] or str(foundation)
+    base = f"AutoModelForCausalLM.from_pretrained({model!r})"
+    whole = f"# first, in Python: model.save_pretrained({choice.run!r})\nvllm serve {choice.run} --tokenizer {model}"
+    if not (folder / PEFT_CONFIG).exists():
+        lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
+        load = f"model = load_checkpoint({base}, Path({choice.adapter!r}))"
+        return Usage("\n".join([*lines, TRANSFORMERS, load]), whole)
+    config = read_json(folder / PEFT_CONFIG)
+    load = f"model = PeftModel.from_pretrained({base}, {choice.adapter!r})"
+    lines = ["from peft import PeftModel", TRANSFORMERS, load]
+    if config.get("use_dora"):  # vLLM refuses it
+        return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config["r"]), VLLM_RANKS[-1])
+    modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {choice.run}={choice.adapter}"
+    return Usage("\n".join(lines), f"vllm serve {model} {modules}")
