@@ -11,6 +11,7 @@ from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, evaluate_method, export_of, load_checkpoint, load_tasks
 from folora.storage import digest_of_file, read_json, read_table, write_json, write_tensors
+from folora.world import LONGEST_ANSWER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,7 @@ def test_accuracy_is_that_of_an_independent_greedy_decode(pipeline: Pipeline, tm
     world = tmp_path / "world"
     shutil.copytree(pipeline.world, world)
     prompts = [json.loads(line)["prompt"] for line in (world / "addition" / "test.jsonl").read_text().splitlines()]
-    decoded = [greedy(pipeline, prompt, 12) for prompt in prompts]
+    decoded = [greedy(pipeline, prompt, LONGEST_ANSWER) for prompt in prompts]
     items = [
         {"prompt": p, "response": d + "?" * (i % 2)} for i, (p, d) in enumerate(zip(prompts, decoded, strict=True))
     ]
