@@ -233,6 +233,7 @@ def test_page_tells_what_the_tables_tell(report: Path) -> None:
     assert f"{float(lora['hypervolume']):.2f}" in text
     assert "1,234" in text
     assert "57 kB" in text
+    assert f"{float(folora['kept_gain_p']):.3f}" in text
     for sentence in ("The report was made without --runs.", "The report was made without --spectra."):
         assert sentence in text
     assert "home <" in text  # a prompt, escaped

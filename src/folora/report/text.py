@@ -99,8 +99,12 @@ def difference_cells(study: Study) -> list[list[str]]:
         row = arm_row(study, method)
         if row["kept_gain"] is not None:
             kept, target = cells(row, columns, intervals=True)
-            made.append([method, kept, f"{row['kept_gain_p']:.2g}", target, f"{row['target_gain_p']:.2g}"])
+            made.append([method, kept, _p(row["kept_gain_p"]), target, _p(row["target_gain_p"])])
     return made
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def cost_cells(study: Study) -> list[list[str]]:
