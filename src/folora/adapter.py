@@ -98,6 +98,22 @@ class LoRALayer:
         return bool((left @ right).any())
 
 
+class Projected(nn.Module):
+    """A weight seen through projectors on its left or its right."""
+
+    def __init__(self, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        seen = weight if self.left is None else self.left @ weight
+        return seen if self.right is None else seen @ self.right
+
+    left: Tensor | None
+    right: Tensor | None
+
+
 @dataclass
 class DenseLayer:
     """One linear layer whose weight changes as a whole.
