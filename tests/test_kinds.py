@@ -12,7 +12,7 @@ from folora.adapter import load_checkpoint
 from folora.methods import kinds
 from folora.params import Params
 from folora.storage import read_table
-from folora.tracking import RunLog
+from folora.tracking import Sender
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def test_starts_at_the_base_and_exports_what_it_trained(
         seen.append(adapted)
 
     monkeypatch.setattr(folora.train, "fit", spy)
-    monkeypatch.setattr(RunLog, "open", lambda *_: None)  # MLflow takes as long as such a training
+    monkeypatch.setattr(Sender, "do", lambda *_: None)  # MLflow takes as long as such a training
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
     train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     with torch.no_grad():
