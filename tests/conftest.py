@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,7 @@ def pipeline(
     generate_proxy(params.proxy, "heldout", made.base, made.heldout)
     compute_covariance(params, made.base, made.task, made.task_moments)
     compute_spectrum(params, "subtraction", made.base, made.proxy_moments, made.task_moments, made.spectrum)
+    gc.freeze()  # transformers' Trainer collects garbage at every start: spare it all that was imported
     return made
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from folora.gate import soft_gate
+from folora.gate import hard_gate, penalty_gate, soft_gate, tau_of_budget, tau_of_quantile
 from folora.pencil import normalise, solve
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
@@ -91,3 +91,60 @@ def test_direction_of_one_side_alone(shrinkage: float) -> None:
     e = 4 * 50 / 100
     assert float(gates[-1]) == pytest.approx(0.125 + 0.875 * e / (e + shrinkage))
     assert float(gates[0]) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 5.0, 25.0])
+def test_penalty_gate_follows_the_formula(alpha: float) -> None:
+    """Of Scaled Gradient Projection, with the importance (α + 1) σ / (α σ + σ_max)."""
+    energy = torch.tensor([1e-6, 9.0, 0.25, 4.0], dtype=torch.float64)
+    expected = [1 - (alpha + 1) * s / (alpha * s + 3) for s in (1e-3, 3.0, 0.5, 2.0)]
+    assert penalty_gate(energy, alpha=alpha).tolist() == pytest.approx(expected)
+
+
+def test_penalty_gate_is_closed_at_the_top_and_open_without_energy() -> None:
+    gates = penalty_gate(torch.tensor([0.0, -1e-9, 2.0, 50.0]), alpha=5)
+    assert gates[:2].tolist() == [1, 1]
+    assert gates[3] == 0
+    assert 0 < gates[2] < 1
+    assert (penalty_gate(torch.tensor([2.0, 50.0]), alpha=25)[0]) < gates[2]
+
+
+@pytest.mark.parametrize(
+    ("share", "opened"), [(1.0, [0, 1, 2, 3, 4]), (0.4, [1, 4]), (0.5, [1, 4]), (0.8, [0, 1, 2, 4]), (0.01, [4])]
+)
+def test_hard_gate_opens_the_greatest_eigenvalues(share: float, opened: list[int]) -> None:
+    gates = hard_gate(torch.tensor([2.0, 30.0, 1.0, 0.0, 1e6]), open_share=share, floor=0.125)
+    assert gates.tolist() == [1 if i in opened else 0.125 for i in range(5)]
+
+
+@PROPERTY
+@given(st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=40, unique=True), st.floats(0, 1), exponents)
+def test_tau_of_a_quantile_leaves_that_share_less_than_half_open(
+    values: list[float], quantile: float, exponent: float
+) -> None:
+    eigenvalues = torch.tensor(values, dtype=torch.float64)
+    gates = soft_gate(eigenvalues, tau=tau_of_quantile(eigenvalues, quantile), exponent=exponent, floor=0)
+    closed = int((gates < 0.5 - 1e-9).sum())
+    assert abs(closed - quantile * (len(values) - 1)) <= 1
+
+
+def test_tau_of_a_quantile_among_zeros_is_positive() -> None:
+    assert tau_of_quantile(torch.zeros(4, dtype=torch.float64), 0.5) > 0
+
+
+@PROPERTY
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=20), st.floats(0.02, 0.98), st.floats(0.5, 8))
+def test_tau_of_a_budget_spends_it(values: list[float], budget: float, exponent: float) -> None:
+    eigenvalues = torch.tensor(values, dtype=torch.float64)
+    shape = {"exponent": exponent, "floor": 0.1}
+    tau = tau_of_budget(eigenvalues, budget, **shape)
+    gates = soft_gate(eigenvalues, tau=tau, **shape)
+    assert float(gates.square().mean()) == pytest.approx(budget, rel=1e-9)
+    assert tau_of_budget(eigenvalues, budget + 0.01, **shape) < tau
+
+
+def test_a_budget_out_of_reach_ends_at_the_nearest_tau() -> None:
+    """Four in five directions have no utility, so gates can spend no more than a fifth."""
+    eigenvalues = torch.tensor([0.0, 0, 0, 0, 3], dtype=torch.float64)
+    tau = tau_of_budget(eigenvalues, 0.9, exponent=1, floor=0)
+    assert soft_gate(eigenvalues, tau=tau, exponent=1, floor=0).tolist() == pytest.approx([0, 0, 0, 0, 1])

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from folora.adapter import DenseLayer, LayerGroup, LoRALayer
 from folora.meter import ForgettingMeter, change, output_energy
-from folora.methods.base import LayerGroup, LoRALayer
-from folora.spectrum import LayerSpectrum
+from folora.pencil import LayerSpectrum
 
 
 def noise(seed: int, *shape: int) -> Tensor:
@@ -25,13 +27,13 @@ def moment(x: Tensor) -> Tensor:
 
 def layer(seed: int, rows: int, width: int, rank: int = 3, scaling: float = 2.5) -> LoRALayer:
     A, B = nn.Parameter(noise(seed, rank, width)), nn.Parameter(noise(seed + 1, rows, rank))
-    return LoRALayer(A, B, noise(seed + 2, rows, width), scaling)
+    return LoRALayer("x", A, B, noise(seed + 2, rows, width), scaling)
 
 
 def group(seed: int, width: int, *rows: int, scaling: float = 2.5) -> LayerGroup:
     penalty, utility = moment(tokens(seed + 50, width)), moment(tokens(seed + 60, width, 2))
     layers = [layer(seed + 10 * number, height, width, scaling=scaling) for number, height in enumerate(rows)]
-    return LayerGroup(layers, LayerSpectrum(torch.eye(width), torch.ones(width), penalty, utility))
+    return LayerGroup(layers, LayerSpectrum(torch.eye(width), torch.ones(width), penalty, utility, 0.01, 40, 1.0))
 
 
 def explicit(one: LoRALayer, C: Tensor) -> float:
@@ -54,6 +56,21 @@ def test_change_is_that_of_the_explicit_update(rows: int, width: int, rank: int,
     assert found == pytest.approx(explicit(one, moment(x)), rel=1e-4)
     outputs = scaling * x.double() @ one.A.detach().double().T @ one.B.detach().double().T
     assert found == pytest.approx(float(outputs.square().sum(1).mean()), rel=1e-4)
+
+
+def test_change_of_a_dense_layer_is_that_of_its_weights() -> None:
+    one, C = layer(1, 4, 6), moment(tokens(9, 6))
+    moved = one.weight + one.scaling * one.B.detach() @ one.A.detach()
+    assert float(change(DenseLayer("x", one.weight, lambda: moved), C)) == pytest.approx(explicit(one, C), rel=1e-4)
+
+
+def test_change_does_not_count_what_was_taken_out_of_the_weights() -> None:
+    one, C = layer(1, 4, 6), moment(tokens(9, 6))
+    start = layer(5, 4, 6)
+    one.taken = start.A.detach(), start.B.detach()
+    update = one.scaling * (one.B.double() @ one.A.double() - start.B.double() @ start.A.double()).detach()
+    expected = float((update @ C.double() @ update.T).trace())
+    assert float(change(one, C).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def test_output_energy_is_that_of_the_frozen_layer() -> None:
@@ -95,11 +112,9 @@ def test_scaling_counts_squared() -> None:
 def test_no_unit_of_a_layer_matters() -> None:
     """Neither the scale of its input, nor that of its weights and update together."""
     plain, other = group(100, 6, 4), group(100, 6, 4)
-    spectrum = LayerSpectrum(
-        other.spectrum.basis, other.spectrum.eigenvalues, 1e3 * other.spectrum.penalty, 1e-3 * other.spectrum.utility
-    )
+    spectrum = replace(other.spectrum, penalty=1e3 * other.spectrum.penalty, utility=1e-3 * other.spectrum.utility)
     one = other.layers[0]
-    scaled = LoRALayer(one.A, nn.Parameter(7 * one.B.detach()), 7 * one.weight, one.scaling)
+    scaled = replace(one, B=nn.Parameter(7 * one.B.detach()), weight=7 * one.weight)
     expected = ForgettingMeter([plain]).read()
     found = ForgettingMeter([LayerGroup([scaled], spectrum)]).read()
     assert found == {side: pytest.approx(value, rel=1e-4) for side, value in expected.items()}

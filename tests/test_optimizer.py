@@ -106,12 +106,29 @@ def test_follows_the_formula_in_float64(basis: Tensor, gate: Tensor, decay: floa
         assert_same([found[number].double()], [A], 1e-5)
 
 
-def test_gating_the_gradient_instead_would_do_nothing(gate: Tensor) -> None:
-    gate = gate.clamp_min(0.01)
-    plain, found = train(adamw(eps=1e-16)), train(gated(gate=gate, eps=1e-16))
-    assert_same(train(adamw(eps=1e-16), scale=gate), plain, 1e-5)
-    for start, end, gated_end in zip(fresh(), plain, found, strict=True):
+def test_gating_the_gradient_instead_does_nothing(basis: Tensor, gate: Tensor) -> None:
+    group = {"basis": basis, "gate": gate.clamp_min(0.01), "eps": 1e-16}
+    assert_same(train(gated(**group, gate_gradient=True)), train(gated(basis=basis, eps=1e-16)), 1e-5)
+    update, gradient = train(gated(**group)), train(gated(**group, gate_gradient=True))
+    assert not torch.allclose(update[0], gradient[0], atol=1e-2)
+
+
+def test_a_gate_without_a_basis_scales_adam_s_update(gate: Tensor) -> None:
+    for start, end, gated_end in zip(fresh(), train(adamw()), train(gated(gate=gate)), strict=True):
         assert_same([gated_end - start.detach()], [(end - start.detach()) * gate], 1e-5)
+
+
+def test_filter_multiplies_canonical_adam_s_update_on_the_right(basis: Tensor) -> None:
+    """Without decay the updates add up, and so do the filtered ones."""
+    for start, end, filtered in zip(fresh(), train(adamw()), train(gated(filter=basis)), strict=True):
+        assert_same([filtered - start.detach()], [(end - start.detach()) @ basis], 1e-5)
+
+
+def test_filter_leaves_weight_decay_alone() -> None:
+    open_, closed = torch.eye(WIDTH), torch.zeros(WIDTH, WIDTH)
+    assert_same(train(gated(filter=open_, weight_decay=0.7)), train(adamw(weight_decay=0.7)))
+    found = train(gated(filter=closed, lr=0.1, weight_decay=0.5))
+    assert_same(found, [0.95**STEPS * start.detach() for start in fresh()])
 
 
 def test_closed_directions_do_not_move(basis: Tensor, gate: Tensor) -> None:
@@ -160,14 +177,14 @@ def test_obeys_a_changing_learning_rate() -> None:
 
 
 def test_resumed_equals_uninterrupted(basis: Tensor, gate: Tensor) -> None:
-    make = gated(basis=basis, gate=gate, weight_decay=0.1)
+    make = gated(basis=basis, gate=gate, filter=basis, weight_decay=0.1)
     parameters = fresh()
     first, second = make(parameters), make(parameters)
     descend(first, parameters, range(3))
     second.load_state_dict(first.state_dict())
     descend(second, parameters, range(3, STEPS))
     assert [p.detach().tolist() for p in parameters] == [p.tolist() for p in train(make)]
-    assert not {"basis", "gate"} & set(first.state_dict()["param_groups"][0])
+    assert not {"basis", "gate", "gate_gradient", "filter"} & set(first.state_dict()["param_groups"][0])
 
 
 def test_parameters_without_a_gradient_stay(basis: Tensor) -> None:

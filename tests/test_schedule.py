@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora.schedule import batch_rows
+from folora.schedule import batch_rows, equal_token_steps
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 plans = st.fixed_dictionaries(
@@ -66,3 +66,26 @@ def test_the_order_is_pinned() -> None:
     """A changed order would change every result without a changed parameter."""
     found = batch_rows(seed=3, steps=2, task_rows=5, batch_size=3, proxy_rows=4, replay=1)
     assert found == [4, 2, 1, 5, 3, 0, 3, 6]
+
+
+@PROPERTY
+@given(
+    st.integers(1, 500),
+    st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    st.lists(st.integers(2, 60), min_size=1, max_size=9),
+    st.integers(1, 64),
+    st.integers(0, 64),
+)
+def test_equal_token_steps_see_the_tokens_of_training_without_replay(
+    steps: int, task: list[int], proxy: list[int], batch_size: int, replay: int
+) -> None:
+    found = equal_token_steps(steps, task, proxy, batch_size=batch_size, replay=replay)
+    alone = batch_size * sum(task) / len(task)
+    together = alone + replay * sum(proxy) / len(proxy)
+    assert 1 <= found <= steps
+    assert found == 1 or abs(found * together - steps * alone) <= 0.501 * together
+    assert replay or found == steps
+
+
+def test_as_many_proxy_tokens_as_task_tokens_halve_the_steps() -> None:
+    assert equal_token_steps(300, [8, 12], [5, 5], batch_size=4, replay=8) == 150

@@ -47,9 +47,9 @@ class Spy:
         self.batches: list[dict[str, torch.Tensor]] = []
         original = folora.train.fit
 
-        def fit(model: Any, *arguments: Any) -> None:
-            self.model = model
-            original(model, *arguments)
+        def fit(adapted: Any, *arguments: Any) -> None:
+            self.model = adapted.model
+            original(adapted, *arguments)
 
         monkeypatch.setattr(folora.train, "fit", fit)
         collate = folora.train.DataCollatorForSeq2Seq.__call__
@@ -159,6 +159,21 @@ def test_batches_follow_the_schedule(pipeline: Pipeline, tmp_path: Path, monkeyp
     assert replayed == 4 * settings.steps
 
 
+def test_replay_may_be_matched_in_tokens(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spy = Spy(monkeypatch)
+    values = pipeline.values()
+    values["methods"]["lora"] = {"kind": "lora", "replay": 16, "replay_match": "tokens"}
+    train(pipeline, LORA, tmp_path / "run", **values)
+    assert 1 <= len(spy.batches) < pipeline.params.train.steps
+    matched = sum(int(batch["attention_mask"].sum()) for batch in spy.batches)
+    values["methods"]["lora"] = {"kind": "lora"}
+    spy.batches.clear()
+    train(pipeline, LORA, tmp_path / "alone", **values)
+    alone = sum(int(batch["attention_mask"].sum()) for batch in spy.batches)
+    assert len(spy.batches) == pipeline.params.train.steps
+    assert matched == pytest.approx(alone, rel=0.3)
+
+
 def test_history_holds_the_meter(runs: Path) -> None:
     for run in (runs / "lora" / LORA, runs / "folora-replay" / REPLAY):
         table, _ = read_table(run / "history.parquet", artefact="history", run=run.name)
@@ -208,11 +223,13 @@ def test_inputs_of_other_parameters_are_refused(pipeline: Pipeline, tmp_path: Pa
     assert not list(tmp_path.glob("*run*"))
 
 
-def test_an_adapter_that_did_not_move_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
-    values = pipeline.values()["runs"]
-    values[LORA]["learning_rate"] = 1e-60  # too small for a float32
-    with pytest.raises(FoLoRAError, match=f"runs.{LORA}: training left every B at zero"):
-        train(pipeline, LORA, tmp_path / "out" / "run", runs=values)
+@pytest.mark.parametrize("kind", ["lora", "pissa", "full"])
+def test_training_that_moved_nothing_is_an_error(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    values = pipeline.values()
+    values["methods"]["lora"] = {"kind": kind}
+    values["runs"][LORA]["learning_rate"] = 1e-60  # too small for a float32
+    with pytest.raises(FoLoRAError, match=f"runs.{LORA}: training changed no weight"):
+        train(pipeline, LORA, tmp_path / "out" / "run", **values)
     assert not list((tmp_path / "out").iterdir())
 
 

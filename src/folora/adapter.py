@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Adapter
-    from folora.spectrum import LayerSpectrum, Spectrum
+    from folora.pencil import LayerSpectrum, Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
 WEIGHTS_FILE = "weights.safetensors"
@@ -42,13 +41,15 @@ class Context:
     """What a method may build its adapter from.
 
     Attributes:
-        settings: rank, alpha and target modules.
+        rank: r of the adapter.
+        alpha: s = alpha / r.
         spectrum: basis, eigenvalues and moments of every layer input.
         base: where the model comes from.
         proxy: token ids of the text sampled from the base model, BOS first.
     """
 
-    settings: Adapter
+    rank: int
+    alpha: int
     spectrum: Spectrum
     base: Base
     proxy: list[list[int]]
@@ -89,6 +90,29 @@ class LoRALayer:
             return left - B0, right
         return torch.cat([left, -B0], dim=1), torch.cat([right, A0])
 
+    def moved(self) -> bool:
+        """Whether the layer differs from the base model's."""
+        if self.taken is not None:  # rounding keeps B₀A₀ - B₀A₀ off zero
+            return not (torch.equal(self.A, self.taken[0]) and torch.equal(self.B, self.taken[1]))
+        left, right = self.factors()
+        return bool((left @ right).any())
+
+
+class Projected(nn.Module):
+    """A weight seen through projectors on its left or its right."""
+
+    def __init__(self, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        seen = weight if self.left is None else self.left @ weight
+        return seen if self.right is None else seen @ self.right
+
+    left: Tensor | None
+    right: Tensor | None
+
 
 @dataclass
 class DenseLayer:
@@ -109,6 +133,10 @@ class DenseLayer:
         """(ΔW, I)."""
         change = self.current() - self.weight
         return change, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
+
+    def moved(self) -> bool:
+        """Whether the layer differs from the base model's."""
+        return not torch.equal(self.current(), self.weight)
 
 
 Layer = LoRALayer | DenseLayer
@@ -149,7 +177,7 @@ class AdaptedModel:
     @torch.no_grad()
     def moved(self) -> bool:
         """Whether any layer differs from the base model's."""
-        return any(bool((left @ right).any()) for left, right in (layer.factors() for layer in self.layers))
+        return any(layer.moved() for layer in self.layers)
 
     @torch.no_grad()
     def base_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -160,6 +188,15 @@ class AdaptedModel:
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         self.model.train(training)
         return logits
+
+    @property
+    def scalable(self) -> bool:
+        """Whether ``shrink`` is possible."""
+        return False
+
+    def shrink(self, factor: float) -> None:
+        """Scale ΔW of every layer in place."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
@@ -196,6 +233,15 @@ class LoRAModel(AdaptedModel):
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
                 self.linear(layer).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
+
+    @property
+    def scalable(self) -> bool:
+        return all(isinstance(layer, LoRALayer) and layer.taken is None for layer in self.layers)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        for layer in self.layers:
+            layer.B.mul_(factor)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -263,8 +309,8 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         weights = {name: weight.clone() for name, weight in weights.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=context.settings.rank,
-        lora_alpha=context.settings.alpha,
+        r=context.rank,
+        lora_alpha=context.alpha,
         lora_dropout=0.0,
         target_modules=names,
         revision=context.base.manifest["commit"],

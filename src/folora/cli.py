@@ -210,13 +210,15 @@ def evaluate(
 def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,
+    runs: Annotated[Path | None, typer.Option(help="Folder with every run: for training curves.")] = None,
+    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectrum of every task.")] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Draw the comparison and print its summary."""
     params = _prepare(params_file, output)
     from folora.report import write_report
 
-    write_report(params, evaluations, output)
+    write_report(params, evaluations, output, runs=runs, spectra=spectra)
 
 
 def _entry(table: dict[str, T], name: str, section: str) -> T:

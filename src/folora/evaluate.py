@@ -2,7 +2,8 @@
 
 Accuracies come from the lm-evaluation-harness with local task files; KL to the base and perplexity from held-out
 proxy text. A folder of results holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item,
-so that methods can be compared item by item).
+so that methods can be compared item by item). The metrics of a method also say what it costs: ``trainable``
+parameters, and of the checkpoint what it is (``export``), its ``rank`` and its ``bytes``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from folora.adapter import load_checkpoint
+from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Params, Run
+    from folora.params import Params
 
 Record = dict[str, Any]
 BASE = "base"
@@ -153,7 +154,7 @@ def evaluate_method(
     source = source_tags(params)
     model: PreTrainedModel | PeftModel = evaluator.model
     with sending(params.tracking) as sender:
-        for name, run in params.runs_of(method).items():
+        for name in params.runs_of(method):
             manifest = read_json(runs / name / MANIFEST_FILE)
             check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
             check_fields(runs / name, manifest["params"], **run_params(params, name))
@@ -161,11 +162,9 @@ def evaluate_method(
             results = []
             for checkpoint in checkpoints_of(runs / name):
                 model = load_checkpoint(model, checkpoint)
-                key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
-                key |= {"seed": run.seed, "step": int(checkpoint.name)}
-                record, answered = _measure(evaluator, model, run, params, checkpoint)
-                results.append({**key, **record})
-                answers += [{**key, **answer} for answer in answered]
+                record, answered = _measure(evaluator, model, params, name, checkpoint)
+                results.append(record)
+                answers += answered
             metrics += results
             sender.send(read_record(runs / name, results, source))
         _write(output, metrics, answers, digests)
@@ -184,15 +183,35 @@ def checkpoints_of(run: Path) -> list[Path]:
     return found
 
 
+def export_of(checkpoint: Path) -> Record:
+    """What a checkpoint is: ``export`` (LoRA, DoRA or changed weights), ``rank`` (0 of weights) and ``bytes``.
+
+    Raises:
+        FoLoRAError: it holds neither an adapter nor weights.
+    """
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    if (checkpoint / WEIGHTS_FILE).exists():
+        return {"export": "weights", "rank": 0, "bytes": size}
+    config = read_json(checkpoint / "adapter_config.json")
+    return {"export": "DoRA" if config["use_dora"] else "LoRA", "rank": config["r"], "bytes": size}
+
+
 def _measure(
-    evaluator: Evaluator, model: PreTrainedModel | PeftModel, run: Run, params: Params, checkpoint: Path
+    evaluator: Evaluator, model: PreTrainedModel | PeftModel, params: Params, name: str, checkpoint: Path
 ) -> tuple[Record, list[Record]]:
+    """The metrics of one checkpoint of a run, and its answers."""
+    run = params.runs[name]
     settings = params.tasks[run.task]
     divergence = evaluator.divergence(model)
     if divergence.kl == 0:
         raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
     answered = evaluator.answers(model, evaluator.tasks_of(settings))
-    return {**scores(answered, settings, params), **asdict(divergence)}, answered
+    key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
+    key |= {"seed": run.seed, "step": int(checkpoint.name)}
+    _, history = read_table(checkpoint.parent.parent / "history.parquet", artefact="history", run=name)
+    cost = {"trainable": history["trainable"], **export_of(checkpoint)}
+    figures = {**scores(answered, settings, params), **asdict(divergence)}
+    return {**key, **figures, **cost}, [{**key, **answer} for answer in answered]
 
 
 def scores(answers: list[Record], settings: Any, params: Params) -> Record:

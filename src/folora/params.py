@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 from folora.methods import Method, method_from
+from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Shrinkage = Annotated[
+    Annotated[float, Field(gt=0, le=0.5)] | ShrinkageName,
+    Field(description="share a of the identity in the penalty's moment, (1 - a) C + a I, or how it is estimated"),
+]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -111,7 +116,7 @@ class Covariance(Section):
 class SpectrumSection(Section):
     """The generalised eigenproblem."""
 
-    shrinkage: Annotated[float, Field(gt=0, le=0.5, description="share a of the identity: (1 - a) C + a I")]
+    shrinkage: Shrinkage
 
 
 class Adapter(Section):
@@ -271,23 +276,3 @@ def parse_params(text: str | bytes, source: str) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         raise FoLoRAError(f"{source}: {describe(error)}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """The first problem of a validation error in one line: key, what is allowed, what was given."""
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    key = _key(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a location, without what pydantic adds for the members of a union."""
-    # the section or key with a union, and where its member's name stands
-    members = {("foundation", 1), ("adapter", 2), ("tau", 1), ("shrinkage", 1)}
-    parts = [part for position, part in enumerate(location) if (location[0], position) not in members]
-    return ".".join(map(str, parts))

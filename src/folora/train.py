@@ -7,21 +7,20 @@ A run folder holds ``adapter/`` (the result), ``checkpoints/STEP/`` (the last on
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
 from folora.adapter import AdaptedModel, Context
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
-from folora.meter import ForgettingMeter
 from folora.objective import Objective
 from folora.params import run_params
 from folora.proxy import HELDOUT
+from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
 from folora.schedule import batch_rows, equal_token_steps
 from folora.spectrum import read_spectrum
@@ -34,7 +33,7 @@ from folora.storage import (
     write_json,
     write_table,
 )
-from folora.tracking import RunLog, run_log
+from folora.tracking import run_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,22 +70,29 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     shards = _proxy_shards(params, inputs).items()
     proxy = [ids for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
     spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
-    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)[: params.train.meter_sequences]
+    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
     bare = base.load_model()
-    text = HeldOutText(bare, heldout, params.evaluation.batch_size, tokenizer.pad_token_id)
     method = params.methods[run.method]
-    adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
+    # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
+    measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
+    text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
+    adapted = method.adapt(bare, Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy))
+    if method.kl_budget and not adapted.scalable:
+        raise FoLoRAError(
+            f"methods.{run.method}.kl_budget: {method.kind_name()} edits W or trains it: choose another kind"
+        )
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
     with publish(output) as folder, run_log(params.tracking, card_of(manifest), source_tags(params)) as log:
-        recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
+        recorder = Recorder(folder, adapted, text, method.kl_budget, log)
         fit(adapted, tokenizer, rows, recorder, params, run)
         if not adapted.moved():
             raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
         adapted.save(folder / "adapter")
-        about = {"artefact": "history", "run": name, "gates": recorder.gates}
+        size = sum(parameter.numel() for parameter in adapted.trained)
+        about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
         write_table(folder / "history.parquet", recorder.table(), about)
         write_json(folder / MANIFEST_FILE, manifest)
         if peft_adapter(folder):
@@ -183,6 +189,7 @@ def fit(
 ) -> None:
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
+    recorder.plan(rows.steps, settings.checkpoints)
     method = params.methods[run.method]
     optimizer = method.optimizer(adapted, run.learning_rate)
     recorder.record_gates(optimizer)
@@ -216,70 +223,3 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-class Recorder(TrainerCallback):
-    """Writes checkpoints along the way and keeps the history of losses and of the forgetting meter."""
-
-    def __init__(
-        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
-    ) -> None:
-        self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
-        self._meter = ForgettingMeter(adapted.groups)
-        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
-        self._tokens, self._since = 0, time.perf_counter()
-        self.history: list[dict[str, float]] = []
-        self.gates: dict[str, float] = {}
-
-    def record_gates(self, optimizer: torch.optim.Optimizer) -> None:
-        """Keep and log the mean gate of each layer input, where the optimizer gates the updates of A."""
-        of_parameter = {
-            id(parameter): coordinates.gate
-            for group, coordinates in zip(optimizer.param_groups, getattr(optimizer, "coordinates", []), strict=False)
-            for parameter in group["params"]
-        }
-        for group in self._adapted.groups:
-            layer = group.layers[0]
-            gate = of_parameter.get(id(getattr(layer, "A", None)))
-            if gate is not None:
-                self.gates[layer.name] = float(torch.as_tensor(gate).mean())
-        self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        del args, state, control
-        self._since = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save a checkpoint where one is due."""
-        del args, control
-        if state.global_step in self._at:
-            self._adapted.save(self._folder / str(state.global_step))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
-        """Read the meter whenever the Trainer logs a loss."""
-        del args, control
-        if "loss" not in logs:
-            return
-        step, tokens = state.global_step, state.num_input_tokens_seen
-        speed = (tokens - self._tokens) / (time.perf_counter() - self._since)
-        model.eval()
-        reading = {
-            "loss": float(logs["loss"]),
-            "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": float(logs["grad_norm"]),
-            **self._meter.read(),
-            "kl": self._text.measure(model).kl,
-        }
-        model.train()
-        self.history.append({"step": step, **reading})
-        # speed differs from one training to the next and stays out of the history, whose bytes do not
-        logged = {**reading, "tokens_per_second": speed}
-        self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
-        self._tokens, self._since = tokens, time.perf_counter()
-
-    def table(self) -> Any:
-        """The history as an Arrow table, one row a reading."""
-        import pyarrow as pa
-
-        return pa.Table.from_pylist(self.history)

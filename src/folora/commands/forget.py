@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.evaluate import Record
     from folora.params import Params
-    from folora.spectrum import LayerSpectrum, Spectrum
+    from folora.pencil import LayerSpectrum, Spectrum
 
 
 @dataclass(frozen=True)

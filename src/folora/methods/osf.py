@@ -2,7 +2,8 @@
 
     W = U_h S_h V_hᵀ + U_l S_l V_lᵀ;   the r minor triplets U_l, S_l, V_l train
 
-Their gradients are projected off U_h and V_h. Computed by PEFT.
+Their gradients are projected off U_h and V_h, by PEFT. Adam then divides them entry by entry, which turns them: the
+leading subspaces are kept nearly, not exactly.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class OSF(Method):
 
         modules: dict[str, Any] = dict(model.named_modules())
         names = [name for group in context.spectrum.groups.values() for name in group]
-        ranks = {name: min(modules[name].weight.shape) - context.settings.rank for name in names}
+        ranks = {name: min(modules[name].weight.shape) - context.rank for name in names}
         config = OSFConfig(target_modules=names, effective_rank=1, rank_pattern=ranks)
         adapted = get_peft_model(model, config)
         wrapped: dict[str, Any] = dict(adapted.get_base_model().named_modules())
