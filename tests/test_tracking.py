@@ -486,14 +486,18 @@ def test_source_tags(pipeline: Pipeline, tmp_path: Path) -> None:
         return subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout.strip()
 
     git("init", "--quiet")
-    (tmp_path / "dvc.lock").write_text("1")
-    git("add", "dvc.lock")
+    for name in ("dvc.lock", "params.yaml"):
+        (tmp_path / name).write_text("1")
+        git("add", name)
     git("commit", "--quiet", "-m", "x")
     commit = git("rev-parse", "HEAD")
     expected = {"preset": "custom", "mlflow.source.git.commit": commit, "git.dirty": "false"}
     assert source_tags(pipeline.params) == expected | {"dvc.lock": digest_of_file(tmp_path / "dvc.lock")}
     (tmp_path / "dvc.lock").write_text("2")
-    assert source_tags(pipeline.params)["git.dirty"] == "true"
+    changed = {"dvc.lock": digest_of_file(tmp_path / "dvc.lock")}
+    assert source_tags(pipeline.params) == expected | changed
+    (tmp_path / "params.yaml").write_text("2")
+    assert source_tags(pipeline.params) == expected | changed | {"git.dirty": "true"}
 
 
 def test_mlflow_is_imported_in_one_place() -> None:

@@ -103,11 +103,7 @@ def stale_stages(root: Path) -> set[str]:
 
     A stage below a stale one is not reported until that one has run.
     """
-    with _repository(root) as repo:
-        try:
-            return set(repo.status())
-        except DvcException as error:
-            raise FoLoRAError(f"{root}: dvc status failed: {' '.join(str(error).split())}") from error
+    return set(stale_changes(root))
 
 
 def stale_changes(root: Path) -> dict[str, list[Change]]:

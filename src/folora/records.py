@@ -25,6 +25,7 @@ from folora.storage import (
     digest_of_file,
     read_json,
     read_table,
+    require,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 JOURNALS = Path(".folora/tracking")
 PEFT_WEIGHTS = "adapter_model.safetensors"
-KEYS = ("learning_rate", "seed", "step")  # columns of the metrics that say what was measured
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def card_of(manifest: Manifest) -> Card:
 def source_tags(params: Params) -> dict[str, str]:
     """Where a run is made: git commit and whether the tree differs from it, dvc.lock, preset."""
     tags = {"preset": preset_of(params)}
-    commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "-uno", "--", ".", ":!dvc.lock")  # which every stage changes
     if commit is not None and changes is not None:
         tags |= {"mlflow.source.git.commit": commit.strip(), "git.dirty": str(bool(changes.strip())).lower()}
     lock = Path("dvc.lock")
@@ -176,7 +177,7 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
         card=card,
         source=tags or source,
         readings=list(merged.values()),
-        final_step=max(int(checkpoint.name) for checkpoint in (folder / "checkpoints").iterdir()),
+        final_step=max(int(checkpoint.name) for checkpoint in require(folder / "checkpoints").iterdir()),
         adapter=peft_adapter(folder),
     )
 
@@ -194,10 +195,10 @@ def history_readings(rows: list[dict[str, float]], gates: dict[str, float]) -> l
 
 
 def evaluation_readings(rows: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
-    """Key, value and step of what was measured at each checkpoint."""
+    """Key, value and step of what was measured at each checkpoint; the learning rate is a parameter."""
     return [
         (key, value, row["step"])
         for row in rows
         for key, value in row.items()
-        if isinstance(value, float) and key not in KEYS
+        if isinstance(value, float) and key != "learning_rate"
     ]

@@ -104,13 +104,8 @@ class Store:
 
         query = f"source_run_id = '{run.info.run_id}'"
         found = self._client.search_logged_models([self._experiment], query, max_results=1)
-        model = (
-            found[0]
-            if found
-            else self._client.create_logged_model(
-                self._experiment, card.run, run.info.run_id, card.tags, model_type="PEFT adapter"
-            )
-        )
+        about = (self._experiment, card.run, run.info.run_id, card.tags, None, "PEFT adapter")
+        model = found[0] if found else self._client.create_logged_model(*about)
         if model.status != LoggedModelStatus.READY:
             self._client.log_model_artifacts(model.model_id, str(folder))
             self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])

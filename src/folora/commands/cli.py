@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
     from folora.commands.forget import Forgetting
 
 app = typer.Typer()
@@ -30,10 +28,11 @@ def methods(as_json: AsJson = False) -> None:
     from folora.methods import describe_kinds
 
     kinds = describe_kinds()
-    if as_json:
-        return _print_json(kinds)
     columns = [name for name in kinds[0] if name != "options"]
-    return _print_table(columns, ([kind[name] for name in columns] for kind in kinds))
+    if as_json:
+        _print_json(kinds)
+    else:
+        _print_table(columns, [[kind[name] for name in columns] for kind in kinds])
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora use controls && dvc repro")
@@ -58,8 +57,9 @@ def why(
 
     reasons = explain(Path.cwd(), stage)
     if as_json:
-        return _print_json([reason.as_json() for reason in reasons])
-    return print(*(line for reason in reasons for line in reason.lines()), sep="\n")
+        _print_json([reason.as_json() for reason in reasons])
+    else:
+        print(*(line for reason in reasons for line in reason.lines()), sep="\n")
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora doctor || echo mend this first")
@@ -92,8 +92,9 @@ def compare(
 
     pair = compare_runs(load_params(params_file), first, second, evaluations)
     if as_json:
-        return _print_json(pair.as_json())
-    return _print_table(["", first, second, "difference"], pair.rows())
+        _print_json(pair.as_json())
+    else:
+        _print_table(["", first, second, "difference"], pair.rows())
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")
@@ -114,12 +115,9 @@ def pick(
     choices = [pick_run(params, name, keep, runs, evaluations) for name in ([task] if task else params.tasks)]
     uses = [usage(choice, foundation) for choice in choices]
     if as_json:
-        return _print_json([vars(choice) | vars(use) for choice, use in zip(choices, uses, strict=True)])
-    for choice, how in zip(choices, uses, strict=True):
-        print(f"{choice.task}: {choice.run}, in {choice.adapter}")
-        print(f"  target {choice.target:.3f}, kept {choice.kept:.3f} ({choice.kept_share:.0%} of the base's)", end="")
-        print(f", KL {choice.kl:.3f}\n\nload it:\n\n{_indented(how.load)}\n\nserve it:\n\n{_indented(how.serve)}\n")
-    return None
+        _print_json([vars(choice) | vars(how) for choice, how in zip(choices, uses, strict=True)])
+    else:
+        print(*(f"{choice.text()}\n\n{how.text()}\n" for choice, how in zip(choices, uses, strict=True)), sep="\n")
 
 
 @app.command(
@@ -146,7 +144,10 @@ def forget(
     torch.set_num_threads(params.threads.evaluate)
     moments = spectrum or Path(f"artifacts/spectrum/{next(iter(params.tasks))}.safetensors")
     found = measure_forgetting(params, adapter, open_base(foundation), Yardsticks(heldout, moments, tasks))
-    return _print_json(found.as_json()) if as_json else _print_forgetting(found)
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print_forgetting(found)
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora publish --uri http://mlflow.example.org:5000")
@@ -166,12 +167,12 @@ def publish(
     place = uri or address(params.tracking)
     done = publish_runs(params, runs, evaluations, place)
     if as_json:
-        return _print_json(vars(done))
+        _print_json(vars(done))
+        return
     print(f"{len(done.sent)} runs with results are in {place}, experiment {params.tracking.experiment}")
     for names, state in ((done.unmeasured, "there, but not evaluated yet"), (done.missing, "not trained yet")):
         if names:
             print(f"{state}: {', '.join(names)}")
-    return None
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora clean --yes")
@@ -187,23 +188,27 @@ def clean(
     leftovers = find_leftovers(load_params(params_file))
     if as_json:
         _print_json([{**vars(left), "path": str(left.path)} for left in leftovers])
-    elif not leftovers:
-        print("nothing to delete")
-    else:
-        rows = [[str(left.path), left.reason, f"{left.size / 1e6:.1f}"] for left in leftovers]
-        _print_table(["path", "why", "MB"], rows)
+    elif leftovers:
+        _print_table(
+            ["path", "why", "MB"], [[str(left.path), left.reason, f"{left.size / 1e6:.1f}"] for left in leftovers]
+        )
         for stage in stages_that_read(leftovers):
             print(f"{stage} reads the folder of such a run, and runs again without it")
         print(f"frees {sum(left.size for left in leftovers) / 1e6:.1f} MB; what DVC caches: dvc gc --workspace")
-    if leftovers and (yes or (not as_json and typer.confirm("Delete?", abort=True))):
-        remove(leftovers)
+    else:
+        print("nothing to delete")
+    if not leftovers or (as_json and not yes):
+        return
+    if not yes:
+        typer.confirm("Delete?", abort=True)
+    remove(leftovers)
 
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich import box
     from rich import print as show
     from rich.table import Table
@@ -215,18 +220,15 @@ def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def _print_forgetting(found: Forgetting) -> None:
-    print(f"KL to the base {found.kl:.4f} nats per token, perplexity {found.perplexity:.3f}", end="")
-    print(f" (base {found.base_perplexity:.3f})")
+    perplexities = f"perplexity {found.perplexity:.3f} (base {found.base_perplexity:.3f})"
+    print(f"KL to the base {found.kl:.4f} nats per token, {perplexities}")
     if found.kept:
-        rows = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in found.kept.items()]
-        _print_table(["kept task", "base", "adapted"], rows)
+        kept = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in found.kept.items()]
+        _print_table(["kept task", "base", "adapted"], kept)
     if found.layers:
-        rows = [[layer.layer, f"{layer.penalty:.2e}", f"{layer.utility:.2e}"] for layer in found.layers]
-        rows.append(["mean", f"{found.mean('penalty'):.2e}", f"{found.mean('utility'):.2e}"])
-        _print_table(["relative change of", "penalty", "utility"], rows)
+        rows = [(layer.layer, layer.penalty, layer.utility) for layer in found.layers]
+        rows.append(("mean", found.mean("penalty"), found.mean("utility")))
+        shown = [[name, f"{penalty:.2e}", f"{utility:.2e}"] for name, penalty, utility in rows]
+        _print_table(["relative change of", "penalty", "utility"], shown)
     if found.unmeasured:
         print(f"not measured layer by layer: {', '.join(found.unmeasured)}")
-
-
-def _indented(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines()).rstrip()

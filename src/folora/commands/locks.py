@@ -27,7 +27,8 @@ def dvc_processes() -> dict[int, bool]:
     with suppress(OSError, ValueError):
         held = json.loads(DVC_LOCKS.read_text() or "{}")
         readers = [info for infos in held.get("read", {}).values() for info in infos]
-        return {int(info["pid"]): psutil.pid_exists(int(info["pid"])) for info in [*readers, *held["write"].values()]}
+        holders = [*readers, *held.get("write", {}).values()]
+        return {int(info["pid"]): psutil.pid_exists(int(info["pid"])) for info in holders}
     return {}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import indent
+from typing import TYPE_CHECKING
 
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
@@ -42,9 +43,10 @@ class Choice:
     kl: float
     adapter: str
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values, for programs."""
-        return asdict(self)
+    def text(self) -> str:
+        """For people."""
+        kept = f"kept {self.kept:.3f} ({self.kept_share:.0%} of the base's)"
+        return f"{self.task}: {self.run}, in {self.adapter}\n  target {self.target:.3f}, {kept}, KL {self.kl:.3f}"
 
 
 def pick_run(params: Params, task: str, keep: float, runs: Path, evaluations: Path) -> Choice:
@@ -95,6 +97,10 @@ class Usage:
 
     load: str
     serve: str
+
+    def text(self) -> str:
+        """For people."""
+        return f"load it:\n\n{indent(self.load, '    ')}\n\nserve it:\n\n{indent(self.serve, '    ')}"
 
 
 def usage(choice: Choice, foundation: Path) -> Usage:
