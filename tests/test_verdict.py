@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from folora.comparison import Arm, Comparison, Match
 from folora.paired import Difference, Pair
 from folora.params import Params
-from folora.report.serving import snippets
 from folora.report.study import Study, subject_of
 from folora.report.verdict import verdict
-from folora.storage import write_json
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 NOTHING = Difference(0, 0, 0, 1)
 
@@ -100,31 +95,3 @@ def test_the_subject_is_chosen_before_the_results_are_known(
     area = {"lora": 0.9, "replay": 0.8, "pissa": 0.7, "ours": 0.1, "folora": 0.5}
     comparison = Comparison("x", "lora", [0], list(kinds), {}, {name: arm(name, area[name]) for name in kinds})
     assert subject_of(params, comparison) == expected
-
-
-@pytest.mark.parametrize(
-    ("export", "rank", "commands"),
-    [
-        ("LoRA", 8, ["PeftModel", "vllm serve hub/model --enable-lora \\\n  --lora-modules folora=RUNS/folora"]),
-        ("LoRA", 100, ["PeftModel", "--max-lora-rank 128"]),
-        ("DoRA", 8, ["PeftModel"]),
-        ("weights", 0, ["load_checkpoint"]),
-    ],
-)
-def test_only_what_can_be_served_is_said_to_be(export: str, rank: int, commands: list[str], tmp_path: Path) -> None:
-    adapter = tmp_path / "folora" / "folora-run" / "adapter"
-    adapter.mkdir(parents=True)
-    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": "hub/model"})
-    found = snippets(study({}, export=export, rank=rank), tmp_path)
-    assert len(found) == len(commands)
-    for snippet, command in zip(found, commands, strict=True):
-        assert command.replace("RUNS", str(tmp_path)) in snippet["code"]
-        assert str(adapter) in snippet["code"]
-
-
-def test_python_snippets_are_python(tmp_path: Path) -> None:
-    adapter = tmp_path / "folora" / "folora-run" / "adapter"
-    adapter.mkdir(parents=True)
-    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": "hub/model"})
-    for export in ("LoRA", "weights"):
-        compile(snippets(study({}, export=export, rank=8), tmp_path)[0]["code"], "snippet", "exec")

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING
 
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
-from folora.storage import MANIFEST_FILE, read_json, require
+from folora.serving import Usage, usage_of
+from folora.storage import MANIFEST_FILE, read_json
 
 if TYPE_CHECKING:
     from folora.params import Params
-
-PEFT_CONFIG = "adapter_config.json"
-TRANSFORMERS = "from transformers import AutoModelForCausalLM"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 @dataclass(frozen=True)
@@ -86,42 +82,11 @@ def pick_run(params: Params, task: str, keep: float, runs: Path, evaluations: Pa
     return max(enough, key=lambda choice: (choice.validation, choice.kept, -choice.kl))
 
 
-@dataclass(frozen=True)
-class Usage:
-    """How to use an adapter.
-
-    Attributes:
-        load: Python that leaves the adapted model in ``model``.
-        serve: shell commands.
-    """
-
-    load: str
-    serve: str
-
-    def text(self) -> str:
-        """For people."""
-        return f"load it:\n\n{indent(self.load, '    ')}\n\nserve it:\n\n{indent(self.serve, '    ')}"
-
-
 def usage(choice: Choice, foundation: Path) -> Usage:
     """How to load and serve the run.
 
     Raises:
         FoLoRAError: the adapter or the base model is not there.
     """
-    folder = require(Path(choice.adapter))
     model = read_json(foundation / MANIFEST_FILE)["source"] or str(foundation)
-    base = f"AutoModelForCausalLM.from_pretrained({model!r})"
-    whole = f"# first, in Python: model.save_pretrained({choice.run!r})\nvllm serve {choice.run} --tokenizer {model}"
-    if not (folder / PEFT_CONFIG).exists():
-        lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
-        load = f"model = load_checkpoint({base}, Path({choice.adapter!r}))"
-        return Usage("\n".join([*lines, TRANSFORMERS, load]), whole)
-    config = read_json(folder / PEFT_CONFIG)
-    load = f"model = PeftModel.from_pretrained({base}, {choice.adapter!r})"
-    lines = ["from peft import PeftModel", TRANSFORMERS, load]
-    if config.get("use_dora"):  # vLLM refuses it
-        return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
-    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config["r"]), VLLM_RANKS[-1])
-    modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {choice.run}={choice.adapter}"
-    return Usage("\n".join(lines), f"vllm serve {model} {modules}")
+    return usage_of(choice.run, Path(choice.adapter), model)

@@ -10,11 +10,11 @@ from folora.report import text
 from folora.report.answers import side_by_side
 from folora.report.figures import styled
 from folora.report.inputs import BASE
-from folora.report.serving import snippets
 from folora.report.spectra import gated_method, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
+from folora.serving import PEFT_CONFIG, usage_of
 from folora.significance import RESAMPLES
-from folora.storage import digest_of
+from folora.storage import digest_of, read_json
 
 if TYPE_CHECKING:
     from folora.params import Params
@@ -46,7 +46,7 @@ def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict
         resamples=RESAMPLES,
         seeds=max(len(study.comparison.seeds) for study in studies),
         gated=gated_method(params)[0],
-        snippets=[snippet for study in studies for snippet in (snippets(study, inputs.runs) if inputs.runs else [])],
+        snippets=[snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])],
         digests=_digests(inputs),
         charts={name: Markup(spec) for name, spec in specs.items()},
         style=Markup((FOLDER / "page.css").read_text()),
@@ -78,6 +78,20 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         content["health"] = health_cells(health_rows(spectrum, gated))
         content["health_note"] = health_note(spectrum)
     return content
+
+
+def _snippets(study: Study, runs: Path) -> list[dict[str, str]]:
+    """How to use the subject's result of the first seed, at its best rate: ``title`` and ``code`` of each way."""
+    name = study.subject
+    run, _ = next(iter(study.comparison.arms[name].finals.values()))
+    adapter = runs / name / run / "adapter"
+    if not (adapter / PEFT_CONFIG).exists():  # only the foundation stage knows the base model's place
+        return [
+            {"title": f"{name} changed whole weights; how to load them:", "code": f"folora pick --task {study.name}"}
+        ]
+    how = usage_of(run, adapter, read_json(adapter / PEFT_CONFIG)["base_model_name_or_path"])
+    load = {"title": f"The adapter of {name}, in Python:", "code": how.load}
+    return [load, {"title": "Served by vLLM, on a machine that has it:", "code": how.serve}]
 
 
 def _digests(inputs: Inputs) -> dict[str, str]:
