@@ -254,9 +254,12 @@ def load_params(path: Path) -> Params:
 
 
 def describe(error: ValidationError) -> str:
-    """The first problem of a validation error in one line: key, what is allowed, what was given."""
+    """One problem of a validation error in one line: key, what is allowed, what was given.
+
+    Of a union every member complains: the one that the value was meant for reads deepest into it and knows its keys.
+    """
     problems = error.errors(include_url=False)
-    first = problems[0]
+    first = min(problems, key=lambda one: (-len(one["loc"]), one["type"] in ("missing", "extra_forbidden")))
     key = _key(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
