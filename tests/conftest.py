@@ -128,11 +128,11 @@ class Pipeline:
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An MLflow store without runs, to copy: making one takes seconds."""
-    from folora.tracking import RunLog
+    from folora.tracking import Store
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
     with contextlib.chdir(path.parent):
-        RunLog().open(Tracking(experiment="empty", uri=f"sqlite:///{path}"), "first", "0", {})
+        Store(f"sqlite:///{path}", "empty")
     return path
 
 

@@ -14,9 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folora.adapter import AdaptedModel, Context
 from folora.base import Base
 from folora.methods import method_from
-from folora.params import Adapter
-from folora.pencil import solve
-from folora.spectrum import LayerSpectrum, Spectrum
+from folora.pencil import LayerSpectrum, Spectrum, solve
 
 if TYPE_CHECKING:
     from folora.adapter import Layer, LoRALayer
@@ -88,6 +86,7 @@ def layer_spectrum(name: str) -> LayerSpectrum:
         utility=utility.float(),
         shrinkage=SHRINKAGE,
         proxy_tokens=len(PROXY[name]),
+        proxy_fourth=float(PROXY[name].square().sum(1).square().mean()),
     )
 
 
@@ -106,8 +105,8 @@ def context(*, white: bool = False) -> Context:
             for name, one in inputs.items()
         }
     rows = [[1, *row] for row in torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(3)).tolist()]
-    settings = Adapter(rank=RANK, alpha=round(SCALING * RANK), target_modules="all-linear")
-    return Context(settings, Spectrum(inputs, GROUPS), Base(Path("base"), {"source": "base", "commit": None}), rows)
+    base = Base(Path("base"), {"source": "base", "commit": None})
+    return Context(RANK, round(SCALING * RANK), Spectrum(inputs, GROUPS), base, rows)
 
 
 def adapt(kind: str, *, seed: int = 0, white: bool = False, **options: Any) -> AdaptedModel:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+import typer
 from conftest import ROOT
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from conftest import Pipeline, Refused, SaveParams
 
 STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate-base", "evaluate", "report"]
+COMMANDS = ["methods", "use", "why", "doctor", "compare", "pick", "forget", "publish", "clean"]
 
 
 def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -40,12 +43,36 @@ def test_help_is_quick_to_import(tmp_path: Path) -> None:
         "import sys; sys.argv = ['folora', '--help']\n"
         "from folora.cli import main\n"
         "try:\n    main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'pyarrow', 'lm_eval'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'pyarrow', 'lm_eval', 'dvc', 'pydantic'} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(stage in done.stdout for stage in STAGES)
+    assert all(name in done.stdout for name in STAGES + COMMANDS)
+
+
+def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
+    names = ", ".join(f"folora.commands.{name}" for name in ("why", "compare", "pick", "publish", "clean"))
+    script = f"import sys, {names}, folora.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_that_parses(name: str) -> None:
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert command.epilog.startswith(f"Example: folora {name}")
+    words = shlex.split(command.epilog.removeprefix("Example: ").split("||")[0].split("&&")[0])
+    command.make_context(name, words[2:])
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    plain, debug = folora("use", "nope", cwd=tmp_path), folora("--debug", "use", "nope", cwd=tmp_path)
+    assert (plain.returncode, debug.returncode) == (1, 1)
+    assert plain.stderr.startswith("folora: 'nope' is not a preset")
+    assert len(plain.stderr.splitlines()) == 1
+    assert debug.stderr.endswith(plain.stderr)
+    assert "Traceback" in debug.stderr
+    assert "presets.py" in debug.stderr
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from folora.comparison import Record, best_rate, compare, last_checkpoints, points
-from folora.frontier import Point
+from folora.comparison import Record, best_rate, compare, last_checkpoints, seed_curve
 
 BASE = {"target": 0.0, "validation": 0.1, "kept": 1.0, "kl": 0.0, "perplexity": 2.0, "kept/add": 0.9, "kept/max": 1.0}
 
@@ -45,14 +44,18 @@ def test_a_tie_goes_to_the_smaller_rate(rates: tuple[float, ...]) -> None:
     assert best_rate([record("lora", rate, 0) for rate in rates]) == 0.1
 
 
-def test_points_are_all_checkpoints_of_one_seed_and_the_base() -> None:
+def test_a_curve_is_the_base_and_all_checkpoints_of_one_seed() -> None:
     records = [
         record("lora", 0.1, 0, 5, target=0.2, kept=0.8, kl=0.3),
         record("lora", 0.2, 0, target=0.4, kept=0.6, kl=0.7),
         record("lora", 0.1, 1),
-        record("folora", 0.1, 0),
     ]
-    assert points(BASE, records, "lora", 0) == [Point(0, 1, 0), Point(0.2, 0.8, 0.3), Point(0.4, 0.6, 0.7)]
+    curve = seed_curve(BASE, records, 0)
+    assert (curve.target.tolist(), curve.kept.tolist(), curve.kl.tolist()) == (
+        [0, 0.2, 0.4],
+        [1, 0.8, 0.6],
+        [0, 0.3, 0.7],
+    )
 
 
 def test_figures_are_means_over_seeds_at_the_chosen_rate_and_last_checkpoint() -> None:
@@ -75,6 +78,8 @@ def test_figures_are_means_over_seeds_at_the_chosen_rate_and_last_checkpoint() -
         "kept/max": 0.6,
     }
     assert arm.figures == pytest.approx(expected)
+    assert arm.finals == {0: ("lora-0.1-0", 10), 1: ("lora-0.1-1", 10)}
+    assert arm.half_widths == pytest.approx({"target": 0.2 * 12.706, "kept": 0, "kl": 0.5 * 12.706}, rel=1e-4)
     assert found.base == BASE
 
 
@@ -124,3 +129,27 @@ def test_a_method_that_lacks_a_seed_is_not_matched() -> None:
     arms = compare("x", BASE, records, "lora").arms
     assert arms["folora"].matches == arms["lora"].matches == {}
     assert arms["folora"].figures["target"] == pytest.approx(0.9)
+
+
+def test_a_seed_at_other_rates_only_does_not_count() -> None:
+    records = [record("lora", 0.1, seed, target=0.5) for seed in (0, 1)]
+    records += [record("folora", 0.1, 0, validation=0.9), record("folora", 0.2, 1, validation=0.1)]
+    found = compare("x", BASE, records, "lora")
+    assert (found.seeds, found.complete) == ([0, 1], ["lora"])
+    assert found.arms["folora"].matches == {}
+
+
+def test_one_seed_has_no_interval_over_seeds() -> None:
+    assert compare("x", BASE, [record("lora", 0.1, 0)], "lora").arms["lora"].half_widths == {}
+
+
+def test_hypervolume_counts_from_the_base_targets_accuracy_and_is_averaged_over_seeds() -> None:
+    base = BASE | {"target": 0.1}
+    records = [
+        record("lora", 0.1, 0, 5, target=0.3, kept=0.9),
+        record("lora", 0.2, 0, target=0.6, kept=0.5),  # at another rate
+        record("lora", 0.2, 0, 5, target=0.2, kept=0.6),  # beaten by the first
+        record("lora", 0.1, 1, target=0.1, kept=1.0),  # learned nothing
+    ]
+    (arm,) = compare("x", base, records, "lora").arms.values()
+    assert arm.hypervolume == pytest.approx((0.2 * 0.9 + 0.3 * 0.5) / 2)

@@ -7,7 +7,7 @@ import torch
 from small import GROUPS, PROXY, SHRINKAGE, TASK, WIDTHS, assert_near, eigh, moment, noise, ridged
 from torch import Tensor
 
-from folora.directions import BasisName, directions, energies, oas_shrinkage, quotients, scaled
+from folora.directions import BasisName, directions, energies, quotients, scaled
 from folora.pencil import solve
 
 ORTHOGONAL: list[BasisName] = ["penalty", "utility", "difference", "random", "identity"]
@@ -86,23 +86,3 @@ def test_columns_cost_the_same_penalty_or_have_length_one(basis: BasisName) -> N
     assert_near(unit.norm(dim=0), torch.ones(len(V)), 1e-9)
     assert float(even.norm()) == pytest.approx(math.sqrt(len(V)))
     assert_near(even / even.norm(dim=0), V / V.norm(dim=0), 1e-9)
-
-
-@pytest.mark.parametrize("tokens", [3, 40, 1000])
-def test_oas_follows_equation_23(tokens: int) -> None:
-    """Written out over eigenvalues; scikit-learn's form, which leaves out 2 / d, is close to it."""
-    S = moment(noise(1, tokens, 12))
-    lam = eigh(S)[0]
-    square, trace = float((lam**2).sum()), float(lam.sum())
-    expected = ((1 - 2 / 12) * square + trace**2) / ((tokens + 1 - 2 / 12) * (square - trace**2 / 12))
-    sklearn = (square / 144 + trace**2 / 144) / ((tokens + 1) * (square / 144 - trace**2 / 144 / 12))
-    assert oas_shrinkage(S, tokens) == pytest.approx(min(1, expected))
-    assert oas_shrinkage(S, tokens) == pytest.approx(min(1, sklearn), rel=2 / 12)
-    assert oas_shrinkage(1e6 * S, tokens) == pytest.approx(oas_shrinkage(S, tokens))
-
-
-def test_oas_shrinks_white_moments_fully_and_certain_ones_not_at_all() -> None:
-    assert oas_shrinkage(3 * torch.eye(5, dtype=torch.float64), 1000) == 1
-    assert oas_shrinkage(moment(noise(1, 40, 12)), 10**9) < 1e-8
-    shares = [oas_shrinkage(moment(noise(1, 40, 12)), tokens) for tokens in (2, 20, 200, 2000)]
-    assert shares == sorted(shares, reverse=True)

@@ -9,8 +9,9 @@ import torch
 
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
-from folora.evaluate import Evaluator, evaluate_method, load_checkpoint, load_tasks
-from folora.storage import digest_of_file, read_json, read_table, write_json
+from folora.evaluate import Evaluator, evaluate_method, export_of, load_checkpoint, load_tasks
+from folora.storage import digest_of_file, read_json, read_table, write_json, write_tensors
+from folora.world import LONGEST_ANSWER
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +40,7 @@ def test_accuracy_is_that_of_an_independent_greedy_decode(pipeline: Pipeline, tm
     world = tmp_path / "world"
     shutil.copytree(pipeline.world, world)
     prompts = [json.loads(line)["prompt"] for line in (world / "addition" / "test.jsonl").read_text().splitlines()]
-    decoded = [greedy(pipeline, prompt, 12) for prompt in prompts]
+    decoded = [greedy(pipeline, prompt, LONGEST_ANSWER) for prompt in prompts]
     items = [
         {"prompt": p, "response": d + "?" * (i % 2)} for i, (p, d) in enumerate(zip(prompts, decoded, strict=True))
     ]
@@ -85,6 +86,27 @@ def test_metrics_are_means_of_answers(pipeline: Pipeline, evaluations: Path) -> 
             assert row["kept"] == pytest.approx(sum(row[f"kept/{name}"] for name in kept) / len(kept))
     _, manifest = read_table(evaluations / "lora" / "answers.parquet")
     assert manifest["metrics"] == digest_of_file(evaluations / "lora" / "metrics.parquet")
+
+
+def test_metrics_say_what_a_checkpoint_costs(pipeline: Pipeline, runs: Path, evaluations: Path) -> None:
+    from safetensors.torch import load_file
+
+    for row in rows(evaluations / "folora-replay" / "metrics.parquet"):
+        path = runs / "folora-replay" / REPLAY / "checkpoints" / str(row["step"]) / "adapter_model.safetensors"
+        assert row["trainable"] == sum(tensor.numel() for tensor in load_file(path).values())
+        assert (row["export"], row["rank"]) == ("LoRA", pipeline.params.adapter.rank)
+        assert row["bytes"] == path.stat().st_size
+
+
+def test_changed_weights_have_no_rank(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "weights.safetensors", {"layer": torch.ones(4, 4)}, {"artefact": "weights"})
+    size = (tmp_path / "weights.safetensors").stat().st_size
+    assert export_of(tmp_path) == {"export": "weights", "rank": 0, "bytes": size}
+
+
+def test_checkpoint_without_a_change_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FoLoRAError, match=r"adapter_config\.json: not found"):
+        export_of(tmp_path)
 
 
 def test_scores_tell_target_validation_and_kept_apart(pipeline: Pipeline) -> None:

@@ -1,99 +1,88 @@
 from __future__ import annotations
 
-import itertools
-from typing import TYPE_CHECKING
+from itertools import pairwise, product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora.frontier import Point, at_target, pareto
-
-if TYPE_CHECKING:
-    from random import Random
+from folora.frontier import Curve, height, hypervolume, on_frontier
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
-shares = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])  # few values, so that ties are common
-clouds = st.lists(st.builds(Point, target=shares, kept=shares, kl=shares), min_size=1, max_size=12)
-costs = st.sampled_from(["kept", "kl"])
+SHARES = st.integers(0, 8).map(lambda n: n / 8)  # coarse, so that ties and duplicates are frequent
+POINTS = st.lists(st.tuples(SHARES, SHARES), min_size=1, max_size=8)
 
 
-def quality(point: Point, cost: str) -> float:
-    return point.kept if cost == "kept" else -point.kl
+def arrays(points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = zip(*points, strict=True)
+    return np.array(x), np.array(y)
 
 
-def beats(one: Point, other: Point, cost: str) -> bool:
-    pairs = [(one.target, other.target), (quality(one, cost), quality(other, cost))]
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
-
-
-@PROPERTY
-@given(clouds, costs)
-def test_frontier_is_what_no_point_beats(points: list[Point], cost: str) -> None:
-    found = {(p.target, quality(p, cost)) for p in pareto(points, cost)}
-    unbeaten = [p for p in points if not any(beats(other, p, cost) for other in points)]
-    assert found == {(p.target, quality(p, cost)) for p in unbeaten}
-    assert set(pareto(points, cost)) <= set(points)
+def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one[0] >= other[0] and one[1] >= other[1] and one != other
 
 
 @PROPERTY
-@given(clouds, costs)
-def test_frontier_trades_target_for_quality(points: list[Point], cost: str) -> None:
-    frontier = pareto(points, cost)
-    for lower, higher in itertools.pairwise(frontier):
-        assert lower.target < higher.target
-        assert quality(lower, cost) > quality(higher, cost)
+@given(POINTS)
+def test_the_frontier_is_what_no_point_beats(points: list[tuple[float, float]]) -> None:
+    expected = [not any(beats(other, point) for other in points) for point in points]
+    assert on_frontier(*arrays(points)).tolist() == expected
 
 
 @PROPERTY
-@given(clouds, costs, st.randoms(use_true_random=False))
-def test_frontier_depends_on_neither_order_nor_repetition(points: list[Point], cost: str, random: Random) -> None:
-    frontier = pareto(points, cost)
-    shuffled = points * 2
-    random.shuffle(shuffled)
-    found = pareto(shuffled, cost)
-    assert [(p.target, quality(p, cost)) for p in found] == [(p.target, quality(p, cost)) for p in frontier]
-    assert pareto(frontier, cost) == frontier
+@given(POINTS, SHARES)
+def test_height_is_the_best_of_all_chords(points: list[tuple[float, float]], at: float) -> None:
+    reaching = [y for x, y in points if x >= at]
+    chords = [y0 + (y1 - y0) * (at - x0) / (x1 - x0) for (x0, y0), (x1, y1) in product(points, points) if x0 < at <= x1]
+    found = float(height(*arrays(points), at))
+    assert found == pytest.approx(max([*reaching, *chords])) if reaching else found == -np.inf
 
 
 @PROPERTY
-@given(clouds, shares)
-def test_at_target_is_between_the_ends_or_out_of_reach(points: list[Point], target: float) -> None:
-    if target > max(p.target for p in points):
-        with pytest.raises(ValueError, match="no point reaches"):
-            at_target(points, target)
-        return
-    kept, kl = at_target(points, target)
-    enough = [p for p in points if p.target >= target]
+@given(POINTS, st.tuples(SHARES, SHARES), SHARES)
+def test_one_more_point_never_hurts(points: list[tuple[float, float]], more: tuple[float, float], at: float) -> None:
     rounding = 1e-12
-    assert max(p.kept for p in enough) - rounding <= kept <= max(p.kept for p in points) + rounding
-    assert min(p.kl for p in enough) + rounding >= kl >= min(p.kl for p in points) - rounding
+    assert height(*arrays([*points, more]), at) >= height(*arrays(points), at) - rounding
+    assert hypervolume(*arrays([*points, more]), (0, 0)) >= hypervolume(*arrays(points), (0, 0)) - rounding
 
 
-def test_each_cost_has_its_own_frontier() -> None:
-    frugal, faithful = Point(0.5, kept=0.2, kl=0.1), Point(0.5, kept=0.8, kl=0.9)
-    assert pareto([frugal, faithful], "kept") == [faithful]
-    assert pareto([frugal, faithful], "kl") == [frugal]
-    assert at_target([frugal, faithful], 0.5) == (0.8, 0.1)
+@PROPERTY
+@given(st.lists(st.tuples(POINTS, SHARES), min_size=1, max_size=3))
+def test_leading_axes_are_rows_on_their_own(rows: list[tuple[list[tuple[float, float]], float]]) -> None:
+    least = min(len(points) for points, _ in rows)
+    x, y = (np.stack(column) for column in zip(*(arrays(points[:least]) for points, _ in rows), strict=True))
+    at = np.array([at for _, at in rows])
+    found = height(x, y, at)
+    assert found.shape == at.shape
+    assert found.tolist() == [float(height(*row)) for row in zip(x, y, at, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("target", "kept", "kl"),
     [(0.0, 0.9, 0.0), (0.1, 0.9, 0.0), (0.3, 0.8, 0.5), (0.5, 0.7, 1.0), (0.6, 0.45, 2.0), (0.7, 0.2, 3.0)],
 )
-def test_interpolates_linearly_between_points(target: float, kept: float, kl: float) -> None:
-    points = [Point(0.7, 0.2, 3.0), Point(0.1, 0.9, 0.0), Point(0.5, 0.7, 1.0), Point(0.3, 0.1, 2.0)]
-    assert at_target(points, target) == (pytest.approx(kept), pytest.approx(kl))
+def test_a_curve_is_read_off_between_its_checkpoints(target: float, kept: float, kl: float) -> None:
+    curve = Curve(np.array([0.7, 0.1, 0.5, 0.3]), np.array([0.2, 0.9, 0.7, 0.1]), np.array([3.0, 0.0, 1.0, 2.0]))
+    assert curve.reach() == 0.7
+    assert [float(value) for value in curve.at(np.asarray(target))] == pytest.approx([kept, kl])
 
 
-def test_nothing_reaches_beyond_the_last_point() -> None:
-    assert at_target([Point(0.7, 0.2, 3.0)], 0.7) == (0.2, 3.0)
-    for points in ([Point(0.7, 0.2, 3.0)], []):
-        with pytest.raises(ValueError, match="no point reaches"):
-            at_target(points, 0.7001)
+def test_each_cost_has_its_own_hull() -> None:
+    frugal_and_faithful = Curve(np.array([0.5, 0.5]), np.array([0.2, 0.8]), np.array([0.1, 0.9]))
+    assert frugal_and_faithful.at(np.asarray(0.5)) == (0.8, 0.1)
 
 
-def test_one_more_checkpoint_never_hurts() -> None:
-    ends = [Point(0.0, 1.0, 0.0), Point(1.0, 0.0, 2.0)]
-    with_more = at_target([*ends, Point(0.5, 0.1, 1.9)], 0.5)
-    assert with_more == at_target(ends, 0.5) == (0.5, 1.0)
+@PROPERTY
+@given(POINTS, st.tuples(SHARES, SHARES))
+def test_hypervolume_is_the_share_of_cells_below_a_point(
+    points: list[tuple[float, float]], origin: tuple[float, float]
+) -> None:
+    grid = [n / 8 for n in range(9)]
+    cells = [(right, top) for (_, right), (_, top) in product(list(pairwise(grid)), repeat=2)]
+    inside = [
+        cell
+        for cell in cells
+        if cell[0] > origin[0] and cell[1] > origin[1] and any(x >= cell[0] and y >= cell[1] for x, y in points)
+    ]
+    assert hypervolume(*arrays(points), origin) == pytest.approx(len(inside) / 64)

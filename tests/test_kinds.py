@@ -12,7 +12,7 @@ from folora.adapter import load_checkpoint
 from folora.methods import kinds
 from folora.params import Params
 from folora.storage import read_table
-from folora.tracking import RunLog
+from folora.tracking import Sender
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ VARIANTS = {kind: {"kind": kind} for kind in kinds()} | {
     "distillation on edited weights": {"kind": "pissa", "replay": 4, "replay_loss": "distillation"},
     "mask the target": {"kind": "lora", "mask_target": 1.0},
     "mask the target with folora": {"kind": "folora", "mask_target": 1.0, "replay": 4},
+    "kl budget": {"kind": "lora", "kl_budget": 1e-4},
     "equal tokens": {"kind": "lora", "replay": 4, "replay_match": "tokens"},
     "filter": {"kind": "folora", "form": "filter"},
     "gradient": {"kind": "folora", "gate_on": "gradient"},
@@ -37,6 +38,7 @@ VARIANTS = {kind: {"kind": kind} for kind in kinds()} | {
     "quantile": {"kind": "folora", "tau": {"quantile": 0.5}},
     "budget": {"kind": "folora", "tau": {"budget": 0.1}},
     "oas": {"kind": "folora", "shrinkage": "oas"},
+    "ledoit-wolf": {"kind": "folora", "shrinkage": "ledoit-wolf"},
     "unit columns": {"kind": "folora", "columns": "unit"},
     "spectral start": {"kind": "folora", "start": "spectral"},
     "kaiming start": {"kind": "folora", "start": "kaiming"},
@@ -74,7 +76,7 @@ def test_starts_at_the_base_and_exports_what_it_trained(
         seen.append(adapted)
 
     monkeypatch.setattr(folora.train, "fit", spy)
-    monkeypatch.setattr(RunLog, "open", lambda *_: None)  # MLflow takes as long as such a training
+    monkeypatch.setattr(Sender, "do", lambda *_: None)  # MLflow takes as long as such a training
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
     train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     with torch.no_grad():

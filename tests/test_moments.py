@@ -108,6 +108,9 @@ def test_only_selected_tokens_count(model: LlamaForCausalLM, layers: Layers, loo
     counts = [token != 3 for row in ROWS for token in row]
     assert found.tokens == sum(counts) < TOKENS
     for name, products in looped.items():
+        lengths = torch.stack([p.trace() for p, counted in zip(products, counts, strict=True) if counted])
+        assert float(found.fourths[name]) == pytest.approx(float(lengths.square().sum()), rel=1e-5)
+    for name, products in looped.items():
         assert_close(
             found.mean(name), torch.stack([p for p, counted in zip(products, counts, strict=True) if counted]).mean(0)
         )
@@ -117,7 +120,7 @@ def test_only_selected_tokens_count(model: LlamaForCausalLM, layers: Layers, loo
 def test_one_shard_equals_many_in_any_order(model: LlamaForCausalLM, layers: Layers, order: list[int]) -> None:
     whole = moments(model, layers, size=1)
     shards = [moments(model, layers, rows, size=1) for rows in (ROWS[:1], ROWS[1:5], ROWS[5:])]
-    total = Moments({})
+    total = Moments({}, {})
     for number in order:
         total.add(shards[number])
     assert total.tokens == whole.tokens
@@ -126,13 +129,15 @@ def test_one_shard_equals_many_in_any_order(model: LlamaForCausalLM, layers: Lay
 
 
 def test_adding_leaves_the_other_shard_alone() -> None:
-    one, two = Moments({"x": torch.eye(2).double()}, 3), Moments({"x": 4 * torch.eye(2).double()}, 5)
-    total = Moments({})
+    eye, fourth = torch.eye(2).double(), {"x": torch.tensor(7.0)}
+    one, two = Moments({"x": eye}, fourth, 3), Moments({"x": 4 * eye}, fourth, 5)
+    total = Moments({}, {})
     for shard in (one, two):
         total.add(shard)
         total.sums["x"] += 100
     assert (one.sums["x"][0, 0], two.sums["x"][0, 0], total.sums["x"][0, 0]) == (1, 4, 205)
     assert (one.tokens, two.tokens, total.tokens) == (3, 5, 8)
+    assert (fourth["x"], total.fourths["x"]) == (7, 14)
 
 
 def test_sums_are_float64() -> None:

@@ -215,7 +215,7 @@ def test_results_of_other_kept_tasks_are_named(pipeline: Pipeline, evaluations: 
 def test_bad_target_modules_are_named_by_their_key(tiny_values: dict[str, Any]) -> None:
     from pydantic import ValidationError
 
-    from folora.params import describe
+    from folora.errors import describe
 
     values = tiny_values | {"adapter": tiny_values["adapter"] | {"target_modules": "q_proj"}}
     with pytest.raises(ValidationError) as error:

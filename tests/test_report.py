@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import csv
 import re
+import shutil
 import struct
+import subprocess
+import sys
+from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -10,11 +14,10 @@ import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
-from folora.comparison import compare
 from folora.errors import FoLoRAError
 from folora.params import Params
-from folora.report import checkpoint_rows, metrics, write_report
-from folora.storage import read_json, write_table
+from folora.report import write_report
+from folora.storage import digest_of_file, read_json, read_table, write_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,45 +25,108 @@ if TYPE_CHECKING:
     from conftest import Pipeline, Refused, SaveParams
 
 KEPT = ["home", "loud"]
-# run: learning rate, then (step, target, validation, kept, kl) of every checkpoint
-RESULTS = {
+ITEMS = 20
+Results = dict[str, tuple[str, float, list[tuple[float, ...]]]]
+# run: method, learning rate, then (step, target, validation, kept, kl) of every checkpoint
+RESULTS: Results = {
     "lora-low": ("lora", 0.001, [(3, 0.2, 0.9, 0.85, 0.1), (6, 0.4, 0.5, 0.8, 0.2)]),
     "lora-high": ("lora", 0.01, [(3, 0.5, 0.1, 0.5, 0.6), (6, 0.6, 0.7, 0.4, 1.0)]),
     "folora": ("folora-replay", 0.01, [(3, 0.5, 0.4, 0.75, 0.1), (6, 0.7, 0.8, 0.65, 0.3)]),
 }
+MANY: Results = RESULTS | {
+    f"other-{n}": (f"other-{n}", 0.01, [(6, 0.05 * (n % 12 + 2), 0.5, 0.1 + 0.03 * n, 0.1 * (n + 1))])
+    for n in range(23)
+}
+SECTIONS = ["verdict", "frontier", "methods", "kept", "training", "spectrum", "answers", "reproduce", "serve"]
 
 
 def record(run: str, method: str, rate: float, checkpoint: tuple[float, ...], adaptation: str) -> dict[str, Any]:
     step, target, validation, kept, kl = checkpoint
     own = {"run": run, "method": method, "adaptation": adaptation, "learning_rate": rate, "seed": 0, "step": int(step)}
     figures = {"target": target, "validation": validation, "kept": kept, "kl": kl, "perplexity": 5 + kl}
-    return own | figures | {"kept/home": kept + 0.05, "kept/loud": kept - 0.05}
+    cost = {} if method == "base" else {"trainable": 1234, "export": "LoRA", "rank": 4, "bytes": 56_789}
+    return own | figures | {"kept/home": kept + 0.05, "kept/loud": kept - 0.05} | cost
 
 
-def write_results(folder: Path, adaptations: list[str]) -> None:
+def answers(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """As many right answers as the record says, to the first items of each task."""
+    own = {name: row[name] for name in ("run", "method", "adaptation", "learning_rate", "seed", "step")}
+    shares = {"subtraction": row["target"], **{task: row[f"kept/{task}"] for task in KEPT}}
+    return [
+        own
+        | {"task": task, "item": item, "prompt": f"{task} <{item}>", "expected": "yes"}
+        | {"answer": "yes" if item < round(ITEMS * share) else "</script>", "correct": item < round(ITEMS * share)}
+        for task, share in shares.items()
+        for item in range(ITEMS)
+    ]
+
+
+def write_results(folder: Path, adaptations: list[str], results: Results = RESULTS) -> None:
     base = [record("base", "base", 0.0, (0, 0.1, 0.1, 0.9, 0.0), adaptation) for adaptation in adaptations]
-    write_table(folder / "base" / "metrics.parquet", pa.Table.from_pylist(base), {"artefact": "metrics"})
-    for method in ("lora", "folora-replay"):
+    write_evaluation(folder / "base", base)
+    for method in {method for method, _, _ in results.values()}:
         records = [
             record(f"{run}-{adaptation}", method, rate, checkpoint, adaptation)
             for adaptation in adaptations
-            for run, (of, rate, checkpoints) in RESULTS.items()
+            for run, (of, rate, checkpoints) in results.items()
             for checkpoint in checkpoints
             if of == method
         ]
-        write_table(folder / method / "metrics.parquet", pa.Table.from_pylist(records), {"artefact": "metrics"})
+        write_evaluation(folder / method, records)
 
 
-def values(adaptations: list[str]) -> dict[str, Any]:
+def write_evaluation(folder: Path, records: list[dict[str, Any]]) -> None:
+    write_table(folder / "metrics.parquet", pa.Table.from_pylist(records), {"artefact": "metrics"})
+    manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
+    rows = [row for one in records for row in answers(one)]
+    write_table(folder / "answers.parquet", pa.Table.from_pylist(rows), manifest)
+
+
+def values(adaptations: list[str], results: Results = RESULTS) -> dict[str, Any]:
     content = YAML(typ="safe", pure=True).load(ROOT / "workflow" / "presets" / "tiny.yaml")
     content["tasks"] = dict.fromkeys(adaptations, content["tasks"]["subtraction"])
     content["evaluation"]["kept"] = KEPT
+    content["methods"] |= {method: {"kind": "lora"} for method, _, _ in results.values() if method.startswith("other")}
     content["runs"] = {
         f"{run}-{adaptation}": {"task": adaptation, "method": method, "learning_rate": rate, "seed": 0}
         for adaptation in adaptations
-        for run, (method, rate, _) in RESULTS.items()
+        for run, (method, rate, _) in results.items()
     }
     return content
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+class Page(HTMLParser):
+    """Checks that every element is closed where it should be; collects ids, links and text outside of scripts."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(path.read_text())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [str(value) for name, value in attrs if name == "id"]
+        self.links += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> at {self.getpos()}"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +139,23 @@ def report(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
     folder = tmp_path_factory.mktemp("report")
     write_results(folder / "evaluation", ["subtraction"])
     write_report(params, folder / "evaluation", folder / "report")
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, pipeline: Pipeline, runs: Path, evaluations: Path) -> Path:
+    """The report of the tiny pipeline, with every section."""
+    folder = tmp_path_factory.mktemp("full") / "report"
+    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectrum.parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of 25 methods."""
+    folder = tmp_path_factory.mktemp("many")
+    write_results(folder / "evaluation", ["subtraction"], MANY)
+    write_report(Params.model_validate(values(["subtraction"], MANY)), folder / "evaluation", folder / "report")
     return folder / "report"
 
 
@@ -89,70 +172,194 @@ def test_metrics(report: Path) -> None:
     for name, value in expected.items():
         assert folora[f"matched_{name}"] == pytest.approx(value)
         assert f"matched_{name}" not in lora  # the reference has no match with itself; DVC shows no nulls
-    with (report / "matches.csv").open() as file:
-        pairs = {(row["method"], row["other"]): row for row in csv.DictReader(file)}
+    assert folora["matched_kept_gain_low"] < 0.3 < folora["matched_kept_gain_high"]
+    assert folora["hypervolume"] == pytest.approx(0.4 * 0.75 + 0.2 * 0.65)
+    pairs = {(row["method"], row["other"]): row for row in read_csv(report / "matches.csv")}
     assert pairs.keys() == {("lora", "folora-replay"), ("folora-replay", "lora")}
     assert float(pairs["lora", "folora-replay"]["kept_gain"]) == pytest.approx(-0.3)
 
 
-def test_several_adaptations_are_averaged() -> None:
-    records = [record(run, m, rate, c, "x") for run, (m, rate, cs) in RESULTS.items() for c in cs]
-    base = record("base", "base", 0.0, (0, 0.1, 0.1, 0.9, 0.0), "x")
-    better = [row | {"target": row["target"] + 0.1} for row in records]
-    found = metrics([compare("x", base, records, "lora"), compare("y", base, better, "lora")], "lora")
+def test_several_adaptations_are_averaged(tmp_path: Path) -> None:
+    better = {run: (m, rate, [(c[0], c[1] + 0.1, *c[2:]) for c in cs]) for run, (m, rate, cs) in RESULTS.items()}
+    write_results(tmp_path / "evaluation", ["x", "y"])
+    write_results(tmp_path / "better", ["y"], better)
+    for method in ("lora", "folora-replay"):
+        path = f"{method}/metrics.parquet"
+        rows = [r for r in read_table(tmp_path / "evaluation" / path)[0].to_pylist() if r["adaptation"] == "x"]
+        write_evaluation(tmp_path / "evaluation" / method, rows + read_table(tmp_path / "better" / path)[0].to_pylist())
+    write_report(Params.model_validate(values(["x", "y"])), tmp_path / "evaluation", tmp_path / "report")
+    found = read_json(tmp_path / "report" / "metrics.json")
     assert found["arms"]["lora"]["target"] == pytest.approx(0.65)
     assert found["arms"]["folora-replay"]["kl"] == pytest.approx(0.3)
-    assert [one["arms"]["lora"]["target"] for one in found["adaptations"].values()] == [0.6, 0.7]
+    assert [one["arms"]["lora"]["target"] for one in found["adaptations"].values()] == pytest.approx([0.6, 0.7])
     assert found["base"]["kept"] == pytest.approx(0.9)
+    assert len((tmp_path / "report" / "summary.txt").read_text().splitlines()) <= 30
+    assert {row["adaptation"] for row in read_csv(tmp_path / "report" / "kept.csv")} == {"x", "y"}
 
 
-def test_page_needs_no_network(report: Path) -> None:
-    page = (report / "index.html").read_text()
-    # only tags outside of scripts load anything by themselves
-    markup = re.sub(r"(<script[^>]*>).*?</script>", r"\1</script>", page, flags=re.DOTALL)
-    assert not re.findall(r"""(?:src|href|srcset|data)\s*=\s*["']?\s*(?:https?:)?//""", markup)
-    assert not re.findall(r"""@import|url\(\s*["']?(?:https?:)?//""", markup)
-    for text in ("folora-replay", "subtraction", "0.65", "home", "0.70"):
-        assert text in markup
-    assert len(page) > len(markup) + 100_000  # the chart's code is in the page
+@pytest.mark.parametrize("name", ["report", "full", "many"])
+def test_page_is_whole_and_needs_no_network(name: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    page = Page(folder / "index.html")
+    assert [section for section in page.ids if section in SECTIONS] == SECTIONS
+    assert not [link for link in page.links if not link.startswith("#")]
+    content = (folder / "index.html").read_text()
+    style = content[content.index("<style>") : content.index("</style>")]
+    assert not re.findall(r"@import|url\(", style)
+    assert "prefers-color-scheme" in style
+    assert str(folder.parent) not in content
+    drawn = set(re.findall(r'data-chart="([^"]+)"', content))
+    assert drawn == set(re.findall(r'<script type="application/json" id="([^"]+)"', content))
+    assert {chart.partition("-")[0] for chart in drawn} >= {"frontier", "kept"}
 
 
-def test_figure_is_a_png(report: Path) -> None:
-    content = (report / "frontier.png").read_bytes()
-    assert content.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = struct.unpack(">II", content[16:24])
-    assert width > height > 400
-    assert content.endswith(b"IEND\xaeB`\x82")
+@pytest.mark.parametrize("figure", ["frontier", "training"])
+def test_methods_are_chosen_in_the_legend(figure: str, full: Path) -> None:
+    from vl_convert import vegalite_to_vega
+
+    content = (full / "index.html").read_text()
+    spec = re.search(f'<script type="application/json" id="{figure}-0">(.*?)</script>', content, re.DOTALL)
+    assert spec is not None
+    (legend,) = vegalite_to_vega(spec[1])["legends"]
+    assert legend["encode"]["labels"]["interactive"]
+
+
+def test_page_tells_what_the_tables_tell(report: Path) -> None:
+    text = Page(report / "index.html").text
+    (lora, folora) = (row for row in read_csv(report / "summary.csv") if row["method"] != "base")
+    gain = [float(folora[f"matched_kept_gain{end}"]) for end in ("", "_low", "_high")]
+    assert "{:+.2f} [{:.2f}, {:.2f}]".format(*gain) in text
+    assert "{:.2f} more than lora at the target accuracy 0.60 (95 % interval {:.2f} to {:.2f})".format(*gain) in text
+    assert f"{float(lora['hypervolume']):.2f}" in text
+    assert "1,234" in text
+    assert "57 kB" in text
+    assert f"{float(folora['kept_gain_p']):.3f}" in text
+    for sentence in ("The report was made without --runs.", "The report was made without --spectra."):
+        assert sentence in text
+    assert "home <" in text  # a prompt, escaped
+    assert "✗" not in text  # it is drawn by the style sheet
+
+
+def test_page_of_the_pipeline(full: Path, pipeline: Pipeline, runs: Path) -> None:
+    text = Page(full / "index.html").text
+    assert "The report was made without" not in text
+    assert pipeline.base.identity["model"] in text
+    adapter = runs / "folora-replay" / "folora-replay-1e-2-s0" / "adapter"
+    assert f"--lora-modules folora-replay-1e-2-s0={adapter}" in text
+    assert f"{str(adapter)!r})" in text
+    assert "share of the update that folora-replay keeps" in text
+    assert "model.layers.0.self_attn.q_proj" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "pictures"), [("report", ["frontier", "kept"]), ("full", ["frontier", "kept", "training"])]
+)
+def test_figures_are_pngs(name: str, pictures: list[str], request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(name)
+    assert sorted(path.stem for path in folder.glob("*.png")) == pictures
+    for picture in pictures:
+        content = (folder / f"{picture}.png").read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", content[16:24])
+        assert width > 300
+        assert height > 100
+        assert content.endswith(b"IEND\xaeB`\x82")
 
 
 def test_tables(report: Path) -> None:
-    with (report / "frontier.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(report / "frontier.csv")
     assert [row["method"] for row in rows] == ["base", *["lora"] * 4, *["folora-replay"] * 2]
     on_front = {(row["method"], row["target"]) for row in rows if row["frontier_kept"] == "True"}
-    assert ("folora-replay", "0.7") in on_front
-    assert ("lora", "0.6") in on_front
-    with (report / "summary.csv").open() as file:
-        summary = {row["method"]: row for row in csv.DictReader(file)}
+    assert on_front >= {("folora-replay", "0.7"), ("lora", "0.6"), ("base", "0.1")}
+    summary = {row["method"]: row for row in read_csv(report / "summary.csv")}
     assert list(summary) == ["base", "lora", "folora-replay"]
     assert float(summary["folora-replay"]["kept/home"]) == pytest.approx(0.7)
-    assert summary["base"]["learning_rate"] == ""
-    text = (report / "summary.txt").read_text()
-    assert str(report / "index.html") in text
-    assert all(len(line) <= 100 for line in text.splitlines() if "index.html" not in line)
+    assert (summary["folora-replay"]["trainable"], summary["folora-replay"]["export"]) == ("1234", "LoRA")
+    assert summary["base"]["learning_rate"] == summary["lora"]["kept_gain"] == ""
+    # at the best rates: 5 of 20 items of each kept task are right with folora-replay only
+    assert float(summary["folora-replay"]["kept_gain"]) == pytest.approx(0.25)
+    assert float(summary["folora-replay"]["kept_gain_p"]) == pytest.approx(2 / 2**10)
+    kept = {(row["method"], row["task"]): row for row in read_csv(report / "kept.csv")}
+    assert float(kept["lora", "home"]["change"]) == pytest.approx(-0.5)
+    assert float(kept["lora", "home"]["p"]) == pytest.approx(4 * 2 / 2**10)  # Holm, the smallest of four
+    assert "–" in (report / "summary.md").read_text()
 
 
-def test_dominated_checkpoints_are_off_the_frontier() -> None:
-    base = record("base", "base", 0.0, (0, 0.1, 0.1, 0.9, 0.0), "x")
-    checkpoints = [(1, 0.3, 0, 0.5, 2), (2, 0.4, 0, 0.6, 1)]  # the second is better in everything
-    rows = checkpoint_rows({"x": base}, [record("r", "lora", 0.1, checkpoint, "x") for checkpoint in checkpoints])
-    assert [row["frontier_kept"] for row in rows] == [True, False, True]
-    assert [row["frontier_kl"] for row in rows] == [True, False, True]
+def test_training_curves_are_those_of_the_best_rates(full: Path, runs: Path) -> None:
+    rows = [row for row in read_csv(full / "training.csv") if row["method"] == "lora"]
+    history = read_table(runs / "lora" / "lora-3e-3-s0" / "history.parquet")[0].to_pylist()
+    assert [(int(row["step"]), float(row["penalty"]), float(row["kl"])) for row in rows] == [
+        (row["step"], row["penalty"], row["kl"]) for row in history
+    ]
 
 
-def test_results_of_the_pipeline_make_a_report(pipeline: Pipeline, evaluations: Path, tmp_path: Path) -> None:
-    write_report(pipeline.params, evaluations, tmp_path / "report")
-    found = read_json(tmp_path / "report" / "metrics.json")
+def test_spectrum_is_read_without_torch_and_gated_as_in_training(full: Path, pipeline: Pipeline) -> None:
+    from folora.report.inputs import read_spectrum
+    from folora.spectrum import read_spectrum as read_with_torch
+
+    found, expected = read_spectrum(pipeline.spectrum), read_with_torch(pipeline.spectrum)
+    assert found.eigenvalues.keys() == expected.inputs.keys()
+    method: Any = pipeline.params.methods["folora-replay"]
+    rows = read_csv(full / "spectrum.csv")
+    for name, layer in expected.inputs.items():
+        assert (found.eigenvalues[name] == layer.eigenvalues.numpy()).all()
+        gates = method.gates_of(layer.eigenvalues).flip(0)
+        own = [row for row in rows if row["input"] == name]
+        assert float(own[0]["gate"]) == pytest.approx(float(gates[0]))
+        assert float(own[-1]["gate"]) == pytest.approx(float(gates[-1]))
+        shares = [float(row["share"]) for row in own]
+        assert shares == sorted(shares)
+        assert len(own) <= 60
+
+
+def test_one_screen_with_few_methods(report: Path) -> None:
+    lines = (report / "summary.txt").read_text().splitlines()
+    assert str(report / "index.html") in "".join(lines)
+    assert all(len(line) <= 100 for line in lines if str(report) not in line)
+    assert "…" not in "".join(lines)
+    assert len(lines) <= 24
+
+
+def test_one_screen_with_many_methods(many: Path) -> None:
+    lines = (many / "summary.txt").read_text().splitlines()
+    assert len([line for line in lines if str(many) not in line]) <= 24
+    rows = {row["method"]: row for row in read_csv(many / "summary.csv") if row["method"] != "base"}
+    best = sorted((m for m in rows if m != "lora"), key=lambda method: -float(rows[method]["hypervolume"]))[:10]
+    shown = [line.split()[0] for line in lines if line.split() and line.split()[0] in rows]
+    assert shown[:11] == ["lora", *best]
+    assert f"The best by area; 14 more in {many / 'summary.csv'}" in lines
+
+
+def test_verdict_on_many_methods_names_numbers_and_extremes(many: Path) -> None:
+    text = Page(many / "index.html").text
+    assert re.search(r"keeps more than \d+ methods, from other-\d+ \(\+0\.\d\d at 0\.\d\d\) to other-\d+", text)
+
+
+def test_another_process_writes_the_same_bytes_and_imports_no_torch(
+    full: Path, pipeline: Pipeline, runs: Path, evaluations: Path, save_params: SaveParams, tmp_path: Path
+) -> None:
+    """Torch is barred once the parameters are read: their methods may have loaded it."""
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from folora.params import load_params\n"
+        "params = load_params(Path(sys.argv[1]))\n"
+        "sys.modules['torch'] = None\n"
+        "from folora.report import write_report\n"
+        "evaluations, output, runs, spectra = map(Path, sys.argv[2:])\n"
+        "write_report(params, evaluations, output, runs=runs, spectra=spectra)\n"
+    )
+    paths = (save_params(pipeline.values()), evaluations, tmp_path / "report", runs, pipeline.spectrum.parent)
+    command = [sys.executable, "-c", script, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in full.iterdir():
+        if path.name != "summary.txt":  # names its own folder
+            assert path.read_bytes() == (tmp_path / "report" / path.name).read_bytes(), path.name
+
+
+def test_results_of_the_pipeline_make_a_report(full: Path) -> None:
+    found = read_json(full / "metrics.json")
     assert found["arms"].keys() == {"lora", "folora-replay"}
     assert found["arms"]["folora-replay"]["lr"] == 0.01
     assert found["arms"]["lora"]["kl"] > 0
@@ -166,14 +373,42 @@ def test_missing_run_is_named(save_params: SaveParams, tmp_path: Path, refused: 
     assert line.startswith(f"{tmp_path / 'evaluation'}: no result of lora-new: run `dvc repro`")
 
 
-def test_missing_or_damaged_evaluation_is_named(save_params: SaveParams, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize("name", ["metrics.parquet", "answers.parquet"])
+def test_missing_or_damaged_evaluation_is_named(
+    name: str, save_params: SaveParams, tmp_path: Path, refused: Refused
+) -> None:
     write_results(tmp_path / "evaluation", ["subtraction"])
-    path = tmp_path / "evaluation" / "folora-replay" / "metrics.parquet"
+    path = tmp_path / "evaluation" / "folora-replay" / name
     path.write_bytes(path.read_bytes()[:-5])
     arguments = ("report", "--evaluations", tmp_path / "evaluation", "--params", save_params(values(["subtraction"])))
     assert refused(*arguments).startswith(f"{path}: damaged or truncated")
     path.unlink()
     assert refused(*arguments).startswith(f"{path}: not found")
+
+
+def test_answers_of_other_metrics_or_items_are_refused(params: Params, tmp_path: Path) -> None:
+    write_results(tmp_path / "evaluation", ["subtraction"])
+    path = tmp_path / "evaluation" / "lora" / "answers.parquet"
+    table, manifest = read_table(path)
+    write_table(path, table, manifest | {"metrics": "0"})
+    with pytest.raises(FoLoRAError, match=r"answers\.parquet: made with metrics 0, but"):
+        write_report(params, tmp_path / "evaluation", tmp_path / "report")
+    write_table(path, table.slice(1), manifest)
+    with pytest.raises(FoLoRAError, match="answered other items than the base model"):
+        write_report(params, tmp_path / "evaluation", tmp_path / "report")
+
+
+def test_missing_run_folder_or_spectrum_is_named(
+    pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(runs / "lora", tmp_path / "runs" / "lora")
+    with pytest.raises(FoLoRAError, match=r"folora-replay-1e-2-s0/manifest\.json: not found"):
+        write_report(pipeline.params, evaluations, tmp_path / "report", runs=tmp_path / "runs")
+    with pytest.raises(FoLoRAError, match=r"subtraction\.safetensors: not found"):
+        write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
+    (tmp_path / "subtraction.safetensors").write_bytes(pipeline.spectrum.read_bytes()[:-5])
+    with pytest.raises(FoLoRAError, match=r"subtraction\.safetensors: damaged or truncated"):
+        write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
 
 
 def test_reference_without_a_run_is_named(tmp_path: Path) -> None:

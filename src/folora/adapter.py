@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Adapter
-    from folora.spectrum import LayerSpectrum, Spectrum
+    from folora.pencil import LayerSpectrum, Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
 WEIGHTS_FILE = "weights.safetensors"
@@ -42,13 +41,15 @@ class Context:
     """What a method may build its adapter from.
 
     Attributes:
-        settings: rank, alpha and target modules.
+        rank: r of the adapter.
+        alpha: s = alpha / r.
         spectrum: basis, eigenvalues and moments of every layer input.
         base: where the model comes from.
         proxy: token ids of the text sampled from the base model, BOS first.
     """
 
-    settings: Adapter
+    rank: int
+    alpha: int
     spectrum: Spectrum
     base: Base
     proxy: list[list[int]]
@@ -95,6 +96,22 @@ class LoRALayer:
             return not (torch.equal(self.A, self.taken[0]) and torch.equal(self.B, self.taken[1]))
         left, right = self.factors()
         return bool((left @ right).any())
+
+
+class Projected(nn.Module):
+    """A weight seen through projectors on its left or its right."""
+
+    def __init__(self, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        seen = weight if self.left is None else self.left @ weight
+        return seen if self.right is None else seen @ self.right
+
+    left: Tensor | None
+    right: Tensor | None
 
 
 @dataclass
@@ -172,6 +189,15 @@ class AdaptedModel:
         self.model.train(training)
         return logits
 
+    @property
+    def scalable(self) -> bool:
+        """Whether ``shrink`` is possible."""
+        return False
+
+    def shrink(self, factor: float) -> None:
+        """Scale ΔW of every layer in place."""
+        raise NotImplementedError
+
     def save(self, folder: Path) -> None:
         """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
         raise NotImplementedError
@@ -207,6 +233,15 @@ class LoRAModel(AdaptedModel):
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
                 self.linear(layer).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
+
+    @property
+    def scalable(self) -> bool:
+        return all(isinstance(layer, LoRALayer) and layer.taken is None for layer in self.layers)
+
+    @torch.no_grad()
+    def shrink(self, factor: float) -> None:
+        for layer in self.layers:
+            layer.B.mul_(factor)
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -274,8 +309,8 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         weights = {name: weight.clone() for name, weight in weights.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        r=context.settings.rank,
-        lora_alpha=context.settings.alpha,
+        r=context.rank,
+        lora_alpha=context.alpha,
         lora_dropout=0.0,
         target_modules=names,
         revision=context.base.manifest["commit"],

@@ -1,4 +1,4 @@
-"""The command line: one command for each stage of ``dvc.yaml``.
+"""The command line: one command for each stage of ``dvc.yaml``; the others stand in ``commands``.
 
 Heavy libraries are imported inside the commands, so that a stage pays for what it uses.
 """
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
+from folora.commands.cli import app as commands
 from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
@@ -23,18 +25,24 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Fine-tune a language model with LoRA without losing what it already knew.",
+    epilog="Exit codes: 0 well, 1 a mistake in values or data, in one line, 2 wrong usage. Example: folora doctor",
 )
+app.add_typer(commands)
+logger = logging.getLogger("folora")
 
-ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Output = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads; a part of the result.")]
 Foundation = Annotated[Path, typer.Option(help="Output of the foundation stage.")]
 Heldout = Annotated[Path, typer.Option(help="Held-out proxy text.")]
 EvaluationTasks = Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")]
 
-DEFAULT_PARAMS = Path("params.yaml")
-
 T = TypeVar("T")
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a mistake.")] = False) -> None:
+    """What holds for every command."""
+    logger.setLevel(logging.DEBUG if debug else logging.NOTSET)
 
 
 def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
@@ -52,7 +60,7 @@ def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
     return params
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def foundation(
     world: Annotated[Path, typer.Option(help="Folder for the synthetic world's data and evaluation tasks.")],
     output: Output,
@@ -72,7 +80,7 @@ def foundation(
     write_world(params.world, world)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def task(
     name: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     foundation: Foundation,
@@ -87,7 +95,7 @@ def task(
     prepare_task(_entry(params.tasks, name, "tasks"), open_base(foundation), output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def proxy(
     shard: Annotated[str, typer.Argument(help="Number of the shard, or `heldout`.")],
     foundation: Foundation,
@@ -105,7 +113,7 @@ def proxy(
     generate_proxy(params.proxy, shard, open_base(foundation), output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def covariance(
     foundation: Foundation,
     rows: Annotated[Path, typer.Option(help="Parquet of the task or the proxy stage.")],
@@ -121,7 +129,7 @@ def covariance(
     compute_covariance(params, open_base(foundation), rows, output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def spectrum(
     task: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     foundation: Foundation,
@@ -140,7 +148,7 @@ def spectrum(
     compute_spectrum(params, task, open_base(foundation), proxy_moments, task_moments, output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def train(
     run: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
     foundation: Foundation,
@@ -161,7 +169,7 @@ def train(
     train_run(params, run, open_base(foundation), TrainInputs(task_rows, proxy, heldout, spectrum), output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def evaluate_base(
     foundation: Foundation,
     tasks: EvaluationTasks,
@@ -178,7 +186,7 @@ def evaluate_base(
     evaluate_base(params, open_base(foundation), tasks, heldout, output)
 
 
-@app.command()
+@app.command(rich_help_panel="Stages")
 def evaluate(
     method: Annotated[str, typer.Argument(help="Entry of methods in params.yaml.")],
     foundation: Foundation,
@@ -198,39 +206,19 @@ def evaluate(
     evaluate_method(params, method, open_base(foundation), tasks, heldout, runs, output)
 
 
-@app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """List every kind of method: its paper, what it trains and freezes, what it exports (--json: and its options)."""
-    import json
-
-    from folora.methods import describe_kinds
-
-    kinds = describe_kinds()
-    if as_json:
-        print(json.dumps(kinds, indent=2, ensure_ascii=False))
-        return
-    from rich import box
-    from rich import print as show
-    from rich.table import Table
-
-    columns = [name for name in kinds[0] if name != "options"]
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for kind in kinds:
-        table.add_row(*(kind[name] for name in columns))
-    show(table)
-
-
-@app.command()
+@app.command(rich_help_panel="Stages")
 def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,
+    runs: Annotated[Path | None, typer.Option(help="Folder with every run: for training curves.")] = None,
+    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectrum of every task.")] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Draw the comparison and print its summary."""
     params = _prepare(params_file, output)
     from folora.report import write_report
 
-    write_report(params, evaluations, output)
+    write_report(params, evaluations, output, runs=runs, spectra=spectra)
 
 
 def _entry(table: dict[str, T], name: str, section: str) -> T:
@@ -249,5 +237,6 @@ def main() -> None:
     try:
         app()
     except FoLoRAError as error:
+        logger.debug("what led to it", exc_info=error)
         print(f"folora: {error}", file=sys.stderr)
         sys.exit(1)

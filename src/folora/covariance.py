@@ -56,7 +56,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
     write_tensors(
         output,
-        collector.moments.sums,
+        _stored(collector.moments),
         {
             "artefact": "covariance",
             **base.identity,
@@ -81,6 +81,13 @@ def _counted(positions: str, mask: Tensor, loss_masks: list[list[bool]] | None, 
     return counted
 
 
+FOURTH = "fourth/"  # what the names of the scalars Σ ‖x‖⁴ begin with
+
+
+def _stored(moments: Moments) -> dict[str, Tensor]:
+    return moments.sums | {f"{FOURTH}{name}": value for name, value in moments.fourths.items()}
+
+
 def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> tuple[Moments, Groups]:
     """Add up the moments of shards, in the order given.
 
@@ -94,11 +101,17 @@ def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> 
     total: Moments | None = None
     groups: Groups = {}
     for path, own in shards:
-        sums, manifest = read_tensors(path, artefact="covariance", **expected, **own)
+        tensors, manifest = read_tensors(path, artefact="covariance", **expected, **own)
+        names = manifest["groups"]
+        shard = Moments(
+            sums={name: tensors[name] for name in names},
+            fourths={name: tensors[f"{FOURTH}{name}"] for name in names},
+            tokens=manifest["tokens"],
+        )
         if total is None:
-            total, groups = Moments(sums, manifest["tokens"]), manifest["groups"]
+            total, groups = shard, manifest["groups"]
             expected |= {"positions": manifest["positions"], "groups": groups}
         else:
-            total.add(Moments(sums, manifest["tokens"]))
+            total.add(shard)
     assert total is not None, "params.py asks for at least one shard"
     return total, groups

@@ -1,4 +1,4 @@
-"""The stage graph of ``dvc.yaml`` as plain values, for the Snakefile and its tests.
+"""The stage graph of ``dvc.yaml`` and what is stale in it, as plain values, for the Snakefile and ``folora why``.
 
 This is the one file that uses DVC's undocumented index; ``pyproject.toml`` pins the version it was tried with.
 """
@@ -7,12 +7,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
 from folora.errors import FoLoRAError
+from folora.params import flatten
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that makes a stage stale.
+
+    Attributes:
+        kind: ``dependency``, ``parameter``, ``output``, ``command``, or ``stage`` for one that has not run yet.
+        name: path, dotted key of params.yaml, or the command.
+        state: ``modified``, ``new`` or ``deleted``.
+        before: of a parameter, the value at the last run; None for one that is new.
+        after: of a parameter, the value in params.yaml; None for one that is gone.
+    """
+
+    kind: str
+    name: str
+    state: str
+    before: Any = None
+    after: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,11 +103,46 @@ def stale_stages(root: Path) -> set[str]:
 
     A stage below a stale one is not reported until that one has run.
     """
+    return set(stale_changes(root))
+
+
+def stale_changes(root: Path) -> dict[str, list[Change]]:
+    """What has changed for each stage that ``stale_stages`` names."""
     with _repository(root) as repo:
         try:
-            return set(repo.status())
+            stages = {stage.addressing: stage for stage in repo.index.stages}
+            return {name: _changes(stages[name], entries) for name, entries in repo.status().items()}
         except DvcException as error:
             raise FoLoRAError(f"{root}: dvc status failed: {' '.join(str(error).split())}") from error
+
+
+def _changes(stage: Any, entries: list[Any]) -> list[Change]:
+    """The entries of ``dvc status`` for one stage."""
+    if not any(file.hash_info for file in (*stage.deps, *stage.outs)):
+        return [Change("stage", stage.addressing, "new")]
+    changes = [Change("command", stage.cmd, "modified") for entry in entries if isinstance(entry, str)]
+    kinds = {"changed deps": "dependency", "changed outs": "output"}
+    for key, found in ((key, found) for entry in entries if isinstance(entry, dict) for key, found in entry.items()):
+        changes += [Change(kinds[key], path, state) for path, state in found.items() if isinstance(state, str)]
+    for dep in stage.deps:
+        if isinstance(dep, ParamsDependency) and dep.hash_info.value is not None:
+            changes += _parameter_changes(dep.hash_info.value, dep.read_params())
+    return changes
+
+
+def _parameter_changes(recorded: dict[str, Any], current: dict[str, Any]) -> list[Change]:
+    before, after = flatten(recorded), flatten(current)
+    return [
+        Change(
+            "parameter",
+            name,
+            "new" if name not in before else "deleted" if name not in after else "modified",
+            before.get(name),
+            after.get(name),
+        )
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) or (name in before) != (name in after)
+    ]
 
 
 def below(stages: dict[str, Stage], names: set[str]) -> set[str]:

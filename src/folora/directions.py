@@ -58,20 +58,3 @@ def scaled(basis: Tensor, penalty: Tensor, columns: Literal["penalty", "unit"]) 
     lengths = energies(basis, penalty).sqrt() if columns == "penalty" else basis.norm(dim=0)
     even = basis / lengths
     return even * (math.sqrt(basis.shape[1]) / even.norm())
-
-
-def oas_shrinkage(moment: Tensor, tokens: int) -> float:
-    """Oracle-approximating shrinkage (Chen et al., arXiv 0907.4698, eq. 23) of a second moment towards a multiple of I.
-
-    Args:
-        moment: (d, d), the mean of x xᵀ over ``tokens`` samples.
-        tokens: n.
-
-    Returns:
-        The share of the identity, in [0, 1].
-    """
-    d = moment.shape[0]
-    squared_trace, trace_of_square = float(moment.trace()) ** 2, float(moment.square().sum())
-    numerator = (1 - 2 / d) * trace_of_square + squared_trace
-    denominator = (tokens + 1 - 2 / d) * (trace_of_square - squared_trace / d)
-    return 1.0 if denominator <= 0 else min(1.0, numerator / denominator)

@@ -2,7 +2,8 @@
 
 Accuracies come from the lm-evaluation-harness with local task files; KL to the base and perplexity from held-out
 proxy text. A folder of results holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item,
-so that methods can be compared item by item).
+so that methods can be compared item by item). The metrics of a method also say what it costs: ``trainable``
+parameters, and of the checkpoint what it is (``export``), its ``rank`` and its ``bytes``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from folora.adapter import load_checkpoint
+from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
 from folora.proxy import HELDOUT
+from folora.records import read_record, source_tags
 from folora.storage import (
     MANIFEST_FILE,
     check_fields,
@@ -31,7 +33,7 @@ from folora.storage import (
     require,
     write_table,
 )
-from folora.tracking import run_log, source_tags
+from folora.tracking import sending
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Params, Run
+    from folora.params import Params
 
 Record = dict[str, Any]
 BASE = "base"
@@ -134,13 +136,13 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
         answered = evaluator.answers(evaluator.model, evaluator.tasks_of(settings))
         metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.divergence(evaluator.model))})
         answers += [{**key, **answer} for answer in answered]
-    _write(output, metrics, answers)
+    _write(output, metrics, answers, {})
 
 
 def evaluate_method(
     params: Params, method: str, base: Base, tasks: Path, heldout: Path, runs: Path, output: Path
 ) -> None:
-    """Measure every checkpoint of every run of a method, and log the last one's metrics to the run's MLflow run.
+    """Measure every checkpoint of every run of a method, and bring the runs in MLflow up to it.
 
     Raises:
         FoLoRAError: a run is missing or of another model, or an adapter changes nothing.
@@ -148,22 +150,24 @@ def evaluate_method(
     evaluator = Evaluator(params, base, tasks, heldout)
     metrics: list[Record] = []
     answers: list[Record] = []
+    digests: dict[str, str] = {}
+    source = source_tags(params)
     model: PreTrainedModel | PeftModel = evaluator.model
-    for name, run in params.runs_of(method).items():
-        manifest = read_json(runs / name / MANIFEST_FILE)
-        check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
-        check_fields(runs / name, manifest["params"], **run_params(params, name))
-        results = []
-        for checkpoint in checkpoints_of(runs / name):
-            model = load_checkpoint(model, checkpoint)
-            key = {"run": name, "method": method, "adaptation": run.task, "learning_rate": run.learning_rate}
-            key |= {"seed": run.seed, "step": int(checkpoint.name)}
-            record, answered = _measure(evaluator, model, run, params, checkpoint)
-            results.append({**key, **record})
-            answers += [{**key, **answer} for answer in answered]
-        metrics += results
-        _log(params, name, run, digest_of(manifest), results)
-    _write(output, metrics, answers)
+    with sending(params.tracking) as sender:
+        for name in params.runs_of(method):
+            manifest = read_json(runs / name / MANIFEST_FILE)
+            check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+            check_fields(runs / name, manifest["params"], **run_params(params, name))
+            digests[name] = digest_of(manifest)
+            results = []
+            for checkpoint in checkpoints_of(runs / name):
+                model = load_checkpoint(model, checkpoint)
+                record, answered = _measure(evaluator, model, params, name, checkpoint)
+                results.append(record)
+                answers += answered
+            metrics += results
+            sender.send(read_record(runs / name, results, source))
+        _write(output, metrics, answers, digests)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -179,15 +183,35 @@ def checkpoints_of(run: Path) -> list[Path]:
     return found
 
 
+def export_of(checkpoint: Path) -> Record:
+    """What a checkpoint is: ``export`` (LoRA, DoRA or changed weights), ``rank`` (0 of weights) and ``bytes``.
+
+    Raises:
+        FoLoRAError: it holds neither an adapter nor weights.
+    """
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    if (checkpoint / WEIGHTS_FILE).exists():
+        return {"export": "weights", "rank": 0, "bytes": size}
+    config = read_json(checkpoint / "adapter_config.json")
+    return {"export": "DoRA" if config["use_dora"] else "LoRA", "rank": config["r"], "bytes": size}
+
+
 def _measure(
-    evaluator: Evaluator, model: PreTrainedModel | PeftModel, run: Run, params: Params, checkpoint: Path
+    evaluator: Evaluator, model: PreTrainedModel | PeftModel, params: Params, name: str, checkpoint: Path
 ) -> tuple[Record, list[Record]]:
+    """The metrics of one checkpoint of a run, and its answers."""
+    run = params.runs[name]
     settings = params.tasks[run.task]
     divergence = evaluator.divergence(model)
     if divergence.kl == 0:
         raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
     answered = evaluator.answers(model, evaluator.tasks_of(settings))
-    return {**scores(answered, settings, params), **asdict(divergence)}, answered
+    key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
+    key |= {"seed": run.seed, "step": int(checkpoint.name)}
+    _, history = read_table(checkpoint.parent.parent / "history.parquet", artefact="history", run=name)
+    cost = {"trainable": history["trainable"], **export_of(checkpoint)}
+    figures = {**scores(answered, settings, params), **asdict(divergence)}
+    return {**key, **figures, **cost}, [{**key, **answer} for answer in answered]
 
 
 def scores(answers: list[Record], settings: Any, params: Params) -> Record:
@@ -205,18 +229,11 @@ def scores(answers: list[Record], settings: Any, params: Params) -> Record:
     }
 
 
-def _log(params: Params, name: str, run: Run, digest: str, results: list[Record]) -> None:
-    title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
-    tags = {"method": run.method, "task": run.task, "run": name, "stage": "evaluate", **source_tags()}
-    with run_log(params.tracking, title, digest, tags) as log:
-        for result in results:
-            values = {key: value for key, value in result.items() if isinstance(value, float)}
-            log.metrics({key: value for key, value in values.items() if key != "learning_rate"}, result["step"])
-
-
-def _write(output: Path, metrics: list[Record], answers: list[Record]) -> None:
+def _write(output: Path, metrics: list[Record], answers: list[Record], runs: dict[str, str]) -> None:
+    """Write the results; ``runs`` holds the digest of each run they were measured on."""
     with publish(output) as folder:
         folder.mkdir()
-        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), {"artefact": "metrics"})
+        about = {"artefact": "metrics", "runs": runs}
+        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), about)
         manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
         write_table(folder / "answers.parquet", pa.Table.from_pylist(answers), manifest)

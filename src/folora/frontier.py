@@ -1,61 +1,85 @@
 """Frontiers: what a method keeps, and how far it drifts, at each target accuracy it can reach.
 
-A method is a set of points, one a checkpoint of a run. The base model (no adaptation) is a point of every method.
+A method is a set of checkpoints; the base model (no adaptation) is a checkpoint of every method. Arrays may have
+leading axes, one entry a bootstrap resample of the test items.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One checkpoint: target accuracy, kept accuracy and KL to the base in nats per token."""
+class Curve:
+    """The checkpoints of one method and seed, the base model first.
 
-    target: float
-    kept: float
-    kl: float
+    Attributes:
+        target: (..., K) accuracy on the target task.
+        kept: (..., K) mean accuracy on the kept tasks.
+        kl: (K,) KL to the base, in nats per token.
+    """
+
+    target: Array
+    kept: Array
+    kl: Array
+
+    def reach(self) -> Array:
+        """(...) the highest target accuracy of a checkpoint."""
+        return self.target.max(axis=-1)
+
+    def at(self, target: Array) -> tuple[Array, Array]:
+        """Kept accuracy and KL at a target accuracy (...) that a checkpoint reaches.
+
+        Both are read off the hull of the checkpoints, the best straight lines between them: one more checkpoint never
+        makes a method look worse.
+        """
+        kl = np.broadcast_to(self.kl, self.target.shape)
+        return height(self.target, self.kept, target), -height(self.target, -kl, target)
 
 
-def pareto(points: list[Point], cost: str) -> list[Point]:
-    """The points that no other beats on both target and ``cost``, by ascending target.
+def height(x: Array, y: Array, at: Array) -> Array:
+    """The height at ``at`` of the upper hull of points, where a point also stands for all that is left of it.
 
     Args:
-        points: any points.
-        cost: ``kept`` (greater is better) or ``kl`` (less is better).
-    """
-
-    def quality(point: Point) -> float:
-        return point.kept if cost == "kept" else -point.kl
-
-    frontier: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.target, quality(p)), reverse=True):
-        if not frontier or quality(point) > quality(frontier[-1]):
-            frontier.append(point)
-    return frontier[::-1]
-
-
-def at_target(points: list[Point], target: float) -> tuple[float, float]:
-    """Kept accuracy and KL of a method at a target accuracy.
-
-    Both are read off the hull of the points, the best straight lines between them: one more point never makes a
-    method look worse.
+        x: (..., K) abscissae.
+        y: (..., K) ordinates, greater is better.
+        at: (...) none greater than the greatest x.
 
     Returns:
-        (kept, KL).
-
-    Raises:
-        ValueError: no point reaches the target.
+        (...), or -∞ beyond the last point.
     """
-    if not points or max(point.target for point in points) < target:
-        raise ValueError(f"no point reaches the target accuracy {target}")
-    kept = _upper_hull([(p.target, p.kept) for p in pareto(points, "kept")], target)
-    kl = -_upper_hull([(p.target, -p.kl) for p in pareto(points, "kl")], target)
-    return kept, kl
+    at = np.asarray(at)[..., None]
+    beyond = x >= at
+    reached = np.where(beyond, y, -np.inf).max(axis=-1)
+    x0, x1 = x[..., :, None], x[..., None, :]
+    y0, y1 = y[..., :, None], y[..., None, :]
+    between = ~beyond[..., :, None] & beyond[..., None, :]
+    share = np.divide(x1 - at[..., None], x1 - x0, out=np.zeros(between.shape), where=between)
+    chords = np.where(between, y1 + (y0 - y1) * share, -np.inf)
+    return np.maximum(reached, chords.max(axis=(-2, -1)))
 
 
-def _upper_hull(curve: list[tuple[float, float]], x: float) -> float:
-    """The height of the upper hull of a falling curve at ``x``, which is at most the last abscissa."""
-    if x <= curve[0][0]:
-        return curve[0][1]
-    return max(y1 + (y0 - y1) * (x1 - x) / (x1 - x0) for x0, y0 in curve if x0 < x for x1, y1 in curve if x1 >= x)
+def on_frontier(x: Array, y: Array) -> NDArray[np.bool_]:
+    """Which of the points (K,) no other beats on one of both without falling behind on the other."""
+    x0, y0 = x[:, None], y[:, None]
+    beaten = ((x >= x0) & (y >= y0) & ((x > x0) | (y > y0))).any(axis=1)
+    return np.asarray(~beaten)
+
+
+def hypervolume(x: Array, y: Array, origin: tuple[float, float]) -> float:
+    """The area above and right of ``origin`` that the points (K,) dominate: the staircase below their frontier."""
+    front = on_frontier(x, y) & (x > origin[0]) & (y > origin[1])
+    corners = sorted(set(zip(x[front].tolist(), y[front].tolist(), strict=True)))
+    area, left = 0.0, origin[0]
+    for right, top in corners:  # the frontier falls, so each point tops the strip up to it
+        area += (right - left) * (top - origin[1])
+        left = right
+    return area

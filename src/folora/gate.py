@@ -29,7 +29,7 @@ def soft_gate(eigenvalues: Tensor, *, tau: float, exponent: float, floor: float)
         (d,), each in [floor, 1].
     """
     # (λ / τ)ᵏ in this bounded form neither overflows for a large λ nor divides zero by zero
-    share = eigenvalues.clamp_min(0) / (eigenvalues.clamp_min(0) + tau)
+    share = eigenvalues.clip(0) / (eigenvalues.clip(0) + tau)
     power = share**exponent
     return floor + (1 - floor) * power / (power + (1 - share) ** exponent)
 

@@ -1,4 +1,4 @@
-"""Second moments of layer inputs: Σ x xᵀ over the tokens that count.
+"""Second moments of layer inputs, Σ x xᵀ over the tokens that count, and Σ ‖x‖⁴, the spread of x xᵀ around its mean.
 
 Products are float32, sums float64. Sums and token counts of shards add exactly to those of the whole; the mean is
 taken over tokens, never over calls, so any batch size and any padding give the same result.
@@ -25,16 +25,19 @@ class Moments:
 
     Attributes:
         sums: name of a layer input to its (d, d) sum of x xᵀ, float64.
+        fourths: name of a layer input to its sum of ‖x‖⁴, a float64 scalar.
         tokens: how many tokens were summed.
     """
 
     sums: dict[str, Tensor]
+    fourths: dict[str, Tensor]
     tokens: int = 0
 
     def add(self, other: Moments) -> None:
         """Add the sums of another shard, which must have the same layer inputs."""
-        for name, value in other.sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+        for name in other.sums:
+            self.sums[name] = self.sums.get(name, 0) + other.sums[name]
+            self.fourths[name] = self.fourths.get(name, 0) + other.fourths[name]
         self.tokens += other.tokens
 
     def mean(self, name: str) -> Tensor:
@@ -46,12 +49,10 @@ class Collector:
     """Accumulates moments while a model runs; see ``collect``."""
 
     def __init__(self, layers: dict[str, nn.Linear]) -> None:
-        device = next(iter(layers.values())).weight.device
+        zero = torch.zeros((), dtype=torch.float64, device=next(iter(layers.values())).weight.device)
         self.moments = Moments(
-            {
-                name: torch.zeros(layer.in_features, layer.in_features, dtype=torch.float64, device=device)
-                for name, layer in layers.items()
-            }
+            sums={name: zero.new_zeros(layer.in_features, layer.in_features) for name, layer in layers.items()},
+            fourths={name: zero.clone() for name in layers},
         )
         self._selected: Tensor | None = None
 
@@ -68,6 +69,7 @@ class Collector:
             assert self._selected is not None, "select(mask) comes before the forward pass"
             x = x.reshape(-1, x.shape[-1])[self._selected.reshape(-1)].float()
             self.moments.sums[name] += x.mT @ x
+            self.moments.fourths[name] += x.square().sum(1).double().square().sum()
 
         return add
 

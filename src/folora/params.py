@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 from folora.methods import Method, method_from
+from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Shrinkage = Annotated[
+    Annotated[float, Field(gt=0, le=0.5)] | ShrinkageName,
+    Field(description="share a of the identity in the penalty's moment, (1 - a) C + a I, or how it is estimated"),
+]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -111,7 +116,7 @@ class Covariance(Section):
 class SpectrumSection(Section):
     """The generalised eigenproblem."""
 
-    shrinkage: Annotated[float, Field(gt=0, le=0.5, description="share a of the identity: (1 - a) C + a I")]
+    shrinkage: Shrinkage
 
 
 class Adapter(Section):
@@ -230,47 +235,44 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
     }
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def load_params(path: Path) -> Params:
     """Read and validate ``params.yaml``.
 
     Raises:
         FoLoRAError: missing, not YAML, or a value out of bounds; names the key and what is allowed.
     """
+    if not path.is_file():
+        raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")
+    return parse_params(path.read_bytes(), str(path))
+
+
+def parse_params(text: str | bytes, source: str) -> Params:
+    """Validate the text of a parameter file; ``source`` names it in errors.
+
+    Raises:
+        FoLoRAError: not YAML, or a value out of bounds; names the key and what is allowed.
+    """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    if not path.is_file():
-        raise FoLoRAError(f"{path}: not found: run in the folder that holds params.yaml, or name one with --params")
     try:
-        content = YAML(typ="safe", pure=True).load(path)
+        content = YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
-        raise FoLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise FoLoRAError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise FoLoRAError(f"{path}: expected a table of sections: see the params.yaml of a fresh clone")
+        raise FoLoRAError(f"{source}: expected a table of sections: see the params.yaml of a fresh clone")
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        raise FoLoRAError(f"{path}: {describe(error)}") from error
-
-
-def describe(error: ValidationError) -> str:
-    """One problem of a validation error in one line: key, what is allowed, what was given.
-
-    Of a union every member complains: the one that the value was meant for reads deepest into it and knows its keys.
-    """
-    problems = error.errors(include_url=False)
-    first = min(problems, key=lambda one: (-len(one["loc"]), one["type"] in ("missing", "extra_forbidden")))
-    key = _key(first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
-    more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
-    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
-
-
-def _key(location: tuple[int | str, ...]) -> str:
-    """The dotted key of a location, without what pydantic adds for the members of a union."""
-    # the section or key with a union, and where its member's name stands
-    members = {("foundation", 1), ("adapter", 2), ("tau", 1), ("shrinkage", 1)}
-    parts = [part for position, part in enumerate(location) if (location[0], position) not in members]
-    return ".".join(map(str, parts))
+        raise FoLoRAError(f"{source}: {describe(error)}") from error

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from folora.layers import Groups
 
 RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
 
@@ -34,6 +37,42 @@ class Pencil:
     basis: Tensor
     eigenvalues: Tensor
     health: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """The spectrum of one layer input of width d: everything a method may need.
+
+    Attributes:
+        basis: (d, d) V̂.
+        eigenvalues: (d,) λ, ascending.
+        penalty: (d, d) C_p, unnormalised.
+        utility: (d, d) C_t, unnormalised.
+        shrinkage: share of the identity that the pencil mixed into the normalised C_p.
+        proxy_tokens: tokens that C_p is the mean of.
+        proxy_fourth: mean of ‖x‖⁴ over them.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    penalty: Tensor
+    utility: Tensor
+    shrinkage: float
+    proxy_tokens: int
+    proxy_fourth: float
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectra of all layer inputs, and which layers read each.
+
+    Attributes:
+        inputs: name of a layer input (its first layer) to its spectrum.
+        groups: name of a layer input to the layers that read it.
+    """
+
+    inputs: dict[str, LayerSpectrum]
+    groups: Groups
 
 
 def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:

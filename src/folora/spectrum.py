@@ -6,11 +6,11 @@ Artefact tensors, for each layer input named after its first layer: ``NAME.basis
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from folora.covariance import read_moments
-from folora.pencil import Pencil, solve
+from folora.pencil import LayerSpectrum, Spectrum, solve
+from folora.shrinkage import shrinkage_of
 from folora.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -19,45 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from folora.base import Base
-    from folora.layers import Groups
     from folora.params import Params
+    from folora.pencil import Pencil
 
 
 STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
-
-
-@dataclass(frozen=True)
-class LayerSpectrum:
-    """The spectrum of one layer input of width d: everything a method may need.
-
-    Attributes:
-        basis: (d, d) V̂.
-        eigenvalues: (d,) λ, ascending.
-        penalty: (d, d) C_p, unnormalised.
-        utility: (d, d) C_t, unnormalised.
-        shrinkage: share of the identity that the pencil mixed into the normalised C_p.
-        proxy_tokens: tokens that C_p is the mean of.
-    """
-
-    basis: Tensor
-    eigenvalues: Tensor
-    penalty: Tensor
-    utility: Tensor
-    shrinkage: float
-    proxy_tokens: int
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The spectra of all layer inputs, and which layers read each.
-
-    Attributes:
-        inputs: name of a layer input (its first layer) to its spectrum.
-        groups: name of a layer input to the layers that read it.
-    """
-
-    inputs: dict[str, LayerSpectrum]
-    groups: Groups
 
 
 def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, task_path: Path, output: Path) -> None:
@@ -82,9 +48,12 @@ def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, 
     health = {}
     for name in groups:
         penalty, utility = proxy.mean(name), target.mean(name)
-        pencil = solve(penalty, utility, shrinkage=params.spectrum.shrinkage, name=name)
+        fourth = float(proxy.fourths[name]) / proxy.tokens
+        chosen = params.spectrum.shrinkage
+        share = shrinkage_of(chosen, penalty, fourth, proxy.tokens) if isinstance(chosen, str) else chosen
+        pencil = solve(penalty, utility, shrinkage=share, name=name)
         tensors |= {f"{name}.{field}": value for field, value in _stored(pencil, penalty, utility).items()}
-        health[name] = pencil.health
+        health[name] = {**pencil.health, "proxy_fourth": fourth}
     manifest = {
         "artefact": "spectrum",
         **base.identity,
@@ -119,6 +88,7 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
             **{field: tensors[f"{name}.{field}"] for field in STORED},
             shrinkage=manifest["health"][name]["shrinkage"],
             proxy_tokens=manifest["proxy_tokens"],
+            proxy_fourth=manifest["health"][name]["proxy_fourth"],
         )
         for name in manifest["groups"]
     }

@@ -12,28 +12,28 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
 from folora.adapter import AdaptedModel, Context
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
-from folora.meter import ForgettingMeter
 from folora.objective import Objective
 from folora.params import run_params
 from folora.proxy import HELDOUT
+from folora.recorder import Recorder
+from folora.records import card_of, peft_adapter, source_tags
 from folora.schedule import batch_rows, equal_token_steps
 from folora.spectrum import read_spectrum
 from folora.storage import (
     FORMAT,
     MANIFEST_FILE,
-    digest_of,
     digest_of_file,
     publish,
     read_table,
     write_json,
     write_table,
 )
-from folora.tracking import RunLog, run_log, source_tags
+from folora.tracking import run_log
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,28 +70,33 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     shards = _proxy_shards(params, inputs).items()
     proxy = [ids for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
     spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
-    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)[: params.train.meter_sequences]
+    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
     bare = base.load_model()
-    text = HeldOutText(bare, heldout, params.evaluation.batch_size, tokenizer.pad_token_id)
     method = params.methods[run.method]
-    adapted = method.adapt(bare, Context(params.adapter, spectrum, base, proxy))
+    # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
+    measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
+    text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
+    adapted = method.adapt(bare, Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy))
+    if method.kl_budget and not adapted.scalable:
+        raise FoLoRAError(
+            f"methods.{run.method}.kl_budget: {method.kind_name()} edits W or trains it: choose another kind"
+        )
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
-    with publish(output) as folder:
-        title = f"{run.method} · {run.learning_rate:g} · {run.seed}"
-        tags = {"method": run.method, "task": run.task, "run": name, "stage": "train", **source_tags()}
-        with run_log(params.tracking, title, digest_of(manifest), tags) as log:
-            log.params({**manifest["params"], "inputs": manifest["inputs"], **base.identity})
-            recorder = Recorder(folder, adapted, text, rows.steps, params.train.checkpoints, log)
-            fit(adapted, tokenizer, rows, recorder, params, run)
-            if not adapted.moved():
-                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
-            adapted.save(folder / "adapter")
-            write_table(folder / "history.parquet", recorder.table(), {"artefact": "history", "run": name})
-            write_json(folder / MANIFEST_FILE, manifest)
-            log.folder(folder / "adapter", "adapter")
+    with publish(output) as folder, run_log(params.tracking, card_of(manifest), source_tags(params)) as log:
+        recorder = Recorder(folder, adapted, text, method.kl_budget, log)
+        fit(adapted, tokenizer, rows, recorder, params, run)
+        if not adapted.moved():
+            raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
+        adapted.save(folder / "adapter")
+        size = sum(parameter.numel() for parameter in adapted.trained)
+        about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
+        write_table(folder / "history.parquet", recorder.table(), about)
+        write_json(folder / MANIFEST_FILE, manifest)
+        if peft_adapter(folder):
+            log.adapter(folder / "adapter", rows.steps)
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
@@ -184,7 +189,10 @@ def fit(
 ) -> None:
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
+    recorder.plan(rows.steps, settings.checkpoints)
     method = params.methods[run.method]
+    optimizer = method.optimizer(adapted, run.learning_rate)
+    recorder.record_gates(optimizer)
     with TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -202,6 +210,7 @@ def fit(
             disable_tqdm=not sys.stderr.isatty(),
             use_cpu=not torch.cuda.is_available(),
             seed=run.seed,
+            include_num_input_tokens_seen="non_padding",
         )
         trainer = ObjectiveTrainer(
             Objective(method, adapted, settings.batch_size),
@@ -209,49 +218,8 @@ def fit(
             args=arguments,
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
-            optimizers=(method.optimizer(adapted, run.learning_rate), None),
+            optimizers=(optimizer, None),
             callbacks=[recorder],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-
-
-class Recorder(TrainerCallback):
-    """Writes checkpoints along the way and keeps the history of losses and of the forgetting meter."""
-
-    def __init__(
-        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, steps: int, checkpoints: int, log: RunLog
-    ) -> None:
-        self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
-        self._meter = ForgettingMeter(adapted.groups)
-        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
-        self.history: list[dict[str, float]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save a checkpoint where one is due."""
-        del args, control
-        if state.global_step in self._at:
-            self._adapted.save(self._folder / str(state.global_step))
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **_: Any) -> None:
-        """Read the meter whenever the Trainer logs a loss."""
-        del args, control
-        if "loss" not in logs:
-            return
-        model.eval()
-        reading = {
-            "loss": float(logs["loss"]),
-            "learning_rate": float(logs["learning_rate"]),
-            "grad_norm": float(logs["grad_norm"]),
-            **self._meter.read(),
-            "kl": self._text.measure(model).kl,
-        }
-        model.train()
-        self.history.append({"step": state.global_step, **reading})
-        self._log.metrics({f"train/{key}": value for key, value in reading.items()}, state.global_step)
-
-    def table(self) -> Any:
-        """The history as an Arrow table, one row a reading."""
-        import pyarrow as pa
-
-        return pa.Table.from_pylist(self.history)

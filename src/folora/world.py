@@ -27,6 +27,7 @@ Operands = tuple[str, ...]
 
 LETTERS = "abcdefghij"
 VOCABULARY = string.digits + string.ascii_lowercase + LETTERS.upper() + ' +-(),"!>'
+LONGEST_ANSWER = 8  # tokens: "abc abc" and EOS
 ALL_ITEMS = 10_000  # more than any target has in a split
 SPLIT_BUCKETS = {"test": {0}, "validation": {1}, "train": {2, 3, 4, 5, 6, 7}}
 
@@ -186,10 +187,10 @@ def _write_evaluation_task(path: Path, name: str, data: str) -> None:
             "dataset_kwargs": {"data_files": {"test": data}},
             "test_split": "test",
             "output_type": "generate_until",
-            "doc_to_text": "{{prompt}}",
-            "doc_to_target": "{{response}}",
+            "doc_to_text": "prompt",  # a column's name: the harness compiles a template anew for every item
+            "doc_to_target": "response",
             "target_delimiter": "",
-            "generation_kwargs": {"until": [], "max_gen_toks": 12, "do_sample": False},
+            "generation_kwargs": {"until": [], "max_gen_toks": LONGEST_ANSWER, "do_sample": False},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
             "metadata": {"version": 1.0},
         },

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from folora.errors import describe
 from folora.methods.base import Method
 
 
@@ -59,8 +60,6 @@ def method_from(name: str, section: Any) -> Method:
     try:
         return known[kind].model_validate(section)
     except ValidationError as error:
-        from folora.params import describe
-
         raise ValueError(f"methods.{name}.{describe(error)}") from error
 
 

@@ -31,6 +31,7 @@ class Method(BaseModel):
         replay_match: whether training with replay has as many steps as without, or as many tokens.
         mask_target: weight of KL(base ‖ adapted) over the vocabulary without the right token, at the learned tokens
             of the task ("Mask the Target", arXiv 2605.29498).
+        kl_budget: the greatest KL to the base, in nats per token of its own text, that training may reach.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -45,6 +46,7 @@ class Method(BaseModel):
     replay_loss: Literal["tokens", "distillation"] = "tokens"
     replay_match: Literal["steps", "tokens"] = "steps"
     mask_target: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    kl_budget: Annotated[float, Field(gt=0)] | None = None
 
     def lora_options(self) -> dict[str, Any]:
         """Fields of PEFT's ``LoraConfig`` beside rank, alpha and target modules."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from folora.methods.factors import FactorMethod
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ class CorDA(FactorMethod):
     mode: Literal["knowledge", "instruction"] = "knowledge"
 
     def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        import torch
+
         from folora.pencil import normalise
 
         spectrum = group.spectrum

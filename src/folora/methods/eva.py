@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from folora.methods.base import Method
 
 if TYPE_CHECKING:
@@ -27,6 +25,8 @@ class EVA(Method):
     paper: ClassVar[str] = "2410.07170"
 
     def initialise(self, groups: list[LayerGroup]) -> None:
+        import torch
+
         for group in groups:
             leading = leading_directions(group.spectrum.utility)
             for layer in group.layers:
@@ -36,4 +36,6 @@ class EVA(Method):
 
 def leading_directions(moment: Tensor) -> Tensor:
     """Eigenvectors of a second moment as rows, the one with the most energy first, (d, d)."""
+    import torch
+
     return torch.linalg.eigh(moment.double())[1].mT.flip(0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from folora.methods.base import Method
@@ -55,6 +54,8 @@ def fisher_information(model: PreTrainedModel, names: list[str], rows: list[list
         names: its linear layers.
         rows: token ids sampled from the model, BOS first.
     """
+    import torch
+
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in names}
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from folora.methods.base import Method
 
 if TYPE_CHECKING:
@@ -22,6 +20,8 @@ class FactorMethod(Method):
     export: ClassVar[str] = "LoRA of rank 2r"
 
     def initialise(self, groups: list[LayerGroup]) -> None:
+        import torch
+
         for group in groups:
             for layer in group.layers:
                 A, B = self.factors(layer, group)
@@ -46,6 +46,8 @@ def singular_factors(matrix: Tensor, rank: int, scaling: float, *, last: bool = 
     Returns:
         (A (r, d), B (m, r)), in the matrix's type.
     """
+    import torch
+
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     chosen = slice(-rank, None) if last else slice(0, rank)
     root = (S[chosen] / scaling).sqrt()

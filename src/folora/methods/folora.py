@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from folora.methods.gated import GatedMethod
+from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
     import torch
@@ -82,8 +83,7 @@ class FoLoRA(SpectralMethod):
     Attributes:
         basis: the coordinates; a random orthogonal basis keeps the gates of the pencil's.
         columns: their scale: one penalty each, or length one.
-        shrinkage: of the penalty's moment in this method only: a number or oracle-approximating; null takes the
-            spectrum stage's basis as it is.
+        shrinkage: of the penalty's moment in this method only; null takes the spectrum stage's basis as it is.
         gate: soft, or open for the ``open_share`` of the directions with the greatest λ.
         gate_on: the update, or the gradient (which Adam's division undoes).
         form: Adam in rotated coordinates, or canonical Adam with the filter F = C_p V diag(g) Vᵀ on its update.
@@ -100,7 +100,7 @@ class FoLoRA(SpectralMethod):
 
     basis: Literal["generalised", "penalty", "utility", "difference", "random", "identity"] = "generalised"
     columns: Literal["penalty", "unit"] = "penalty"
-    shrinkage: Annotated[float, Field(gt=0, le=0.5)] | Literal["oas"] | None = None
+    shrinkage: Annotated[float, Field(gt=0, le=0.5)] | ShrinkageName | None = None
     gate: Literal["soft", "hard"] = "soft"
     open_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     gate_on: Literal["update", "gradient"] = "update"
@@ -137,13 +137,15 @@ class FoLoRA(SpectralMethod):
 
     def moments(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
         """C_p and C_t as the pencil sees them, float64."""
-        from folora.directions import oas_shrinkage
         from folora.pencil import normalise
+        from folora.shrinkage import shrinkage_of
 
         spectrum = group.spectrum
         penalty = spectrum.penalty.double()
-        share = oas_shrinkage(penalty, spectrum.proxy_tokens) if self.shrinkage == "oas" else self.shrinkage
-        return normalise(penalty, spectrum.shrinkage if share is None else share), normalise(spectrum.utility.double())
+        share = spectrum.shrinkage if self.shrinkage is None else self.shrinkage
+        if isinstance(share, str):
+            share = shrinkage_of(share, penalty, spectrum.proxy_fourth, spectrum.proxy_tokens)
+        return normalise(penalty, share), normalise(spectrum.utility.double())
 
     def initialise(self, groups: list[LayerGroup]) -> None:
         if self.start == "gated":

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from folora.methods.factors import FactorMethod, singular_factors
 
 if TYPE_CHECKING:
@@ -33,6 +31,8 @@ class LoRANull(FactorMethod):
     freeze_a: bool = False
 
     def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        import torch
+
         rank = layer.A.shape[0]
         quiet = torch.linalg.eigh(group.spectrum.penalty.double())[1][:, :rank]
         return singular_factors(layer.weight.double() @ quiet @ quiet.mT, rank, layer.scaling)

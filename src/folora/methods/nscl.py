@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from folora.methods.gated import GatedMethod
@@ -34,6 +33,8 @@ class AdamNSCL(GatedMethod):
 
     def null_space(self, group: LayerGroup) -> Tensor:
         """Q (d, n), float32, of the ridged moment, so that no direction counts as null for want of tokens alone."""
+        import torch
+
         from folora.pencil import normalise
 
         spectrum = group.spectrum
@@ -45,5 +46,7 @@ class AdamNSCL(GatedMethod):
         return {"filter": Q @ Q.mT}
 
     def noise(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        import torch
+
         Q = self.null_space(group)
         return Q, torch.ones(Q.shape[1])

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from folora.methods.base import Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from folora.adapter import AdaptedModel, Context
@@ -31,9 +30,10 @@ class OPLoRA(Method):
     preserved: Annotated[int, Field(ge=1)] = 16
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        import torch
         from torch.nn.utils.parametrize import register_parametrization
 
-        from folora.adapter import NAME
+        from folora.adapter import NAME, Projected
 
         adapted = super().adapt(model, context)
         modules: dict[str, Any] = dict(adapted.model.get_base_model().named_modules())
@@ -53,20 +53,6 @@ class OPLoRA(Method):
 
 def _complement(columns: Tensor) -> Tensor:
     """I - Q Qᵀ of orthonormal columns Q (n, k): (n, n)."""
+    import torch
+
     return torch.eye(columns.shape[0], dtype=columns.dtype) - columns @ columns.mT
-
-
-class Projected(nn.Module):
-    """A weight seen through projectors on its left or its right."""
-
-    def __init__(self, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        seen = weight if self.left is None else self.left @ weight
-        return seen if self.right is None else seen @ self.right
-
-    left: Tensor | None
-    right: Tensor | None

@@ -34,7 +34,7 @@ class OSF(Method):
 
         modules: dict[str, Any] = dict(model.named_modules())
         names = [name for group in context.spectrum.groups.values() for name in group]
-        ranks = {name: min(modules[name].weight.shape) - context.settings.rank for name in names}
+        ranks = {name: min(modules[name].weight.shape) - context.rank for name in names}
         config = OSFConfig(target_modules=names, effective_rank=1, rank_pattern=ranks)
         adapted = get_peft_model(model, config)
         wrapped: dict[str, Any] = dict(adapted.get_base_model().named_modules())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from folora.methods.factors import FactorMethod
@@ -33,6 +32,8 @@ class SCLoRA(FactorMethod):
     beta: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        import torch
+
         W = layer.weight.double()
         task, kept = (W @ C.double() @ W.mT for C in (group.spectrum.utility, group.spectrum.penalty))
         contrast = (1 - self.beta) * task / task.trace() - self.beta * kept / kept.trace()

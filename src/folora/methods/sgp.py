@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from folora.methods.gated import GatedMethod
@@ -32,6 +31,8 @@ class SGP(GatedMethod):
 
     def coordinates(self, group: LayerGroup) -> dict[str, Any]:
         """Eigenbasis of C_p and its gates, float32."""
+        import torch
+
         from folora.gate import penalty_gate
 
         energies, vectors = torch.linalg.eigh(group.spectrum.penalty.double())

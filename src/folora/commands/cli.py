@@ -1,0 +1,234 @@
+"""The commands beside the stages: what is stale and why, what came out, what to ship, publish and throw away."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from folora.commands.forget import Forgetting
+
+app = typer.Typer()
+
+PANEL = "Beside the stages"
+DEFAULT_PARAMS = Path("params.yaml")
+AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
+Runs = Annotated[Path, typer.Option(help="Folder with METHOD/RUN.")]
+Evaluations = Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")]
+RUNS, EVALUATIONS = Path("artifacts/runs"), Path("artifacts/evaluation")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """List every kind of method: its paper, what it trains and freezes, what it exports (--json: and its options)."""
+    from folora.methods import describe_kinds
+
+    kinds = describe_kinds()
+    columns = [name for name in kinds[0] if name != "options"]
+    if as_json:
+        _print_json(kinds)
+    else:
+        _print_table(columns, [[kind[name] for name in columns] for kind in kinds])
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora use controls && dvc repro")
+def use(
+    preset: Annotated[str, typer.Argument(help="A name in workflow/presets, or default: the committed params.yaml.")],
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Make a preset the current parameter file; values of your own that git does not have are not overwritten."""
+    from folora.presets import use_preset
+
+    use_preset(preset, params_file)
+    print(f"{params_file} is now {preset}: dvc repro runs what it needs")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora why train@folora-1e-2-s0")
+def why(
+    stage: Annotated[str, typer.Argument(help="A stage, or the name that several share: train.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say which dependency or parameter makes a stage run again."""
+    from folora.commands.why import explain
+
+    reasons = explain(Path.cwd(), stage)
+    if as_json:
+        _print_json([reason.as_json() for reason in reasons])
+    else:
+        print(*(line for reason in reasons for line in reason.lines()), sep="\n")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora doctor || echo mend this first")
+def doctor(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Check machine, environment and folder, and say what to do; exit code 1 if something is a problem."""
+    from folora.commands.doctor import PROBLEM, examine
+
+    findings = examine(params_file)
+    if as_json:
+        _print_json([vars(finding) for finding in findings])
+    else:
+        for finding in findings:
+            advice = f": {finding.advice}" if finding.advice else ""
+            print(f"{finding.level:8} {finding.what}: {finding.seen}{advice}")
+    if any(finding.level == PROBLEM for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora compare lora-1e-2-s0 folora-2e-2-s0")
+def compare(
+    first: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
+    second: Annotated[str, typer.Argument(help="Another.")],
+    evaluations: Evaluations = EVALUATIONS,
+    as_json: AsJson = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Put two runs side by side: parameters that differ, and what each learned and kept at its last checkpoint."""
+    from folora.commands.compare import compare_runs
+    from folora.params import load_params
+
+    pair = compare_runs(load_params(params_file), first, second, evaluations)
+    if as_json:
+        _print_json(pair.as_json())
+    else:
+        _print_table(["", first, second, "difference"], pair.rows())
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")
+def pick(
+    keep: Annotated[float, typer.Option(min=0, help="Least share of the base model's kept accuracy.")] = 0.95,
+    task: Annotated[str | None, typer.Option(help="Entry of tasks; left out: each of them.")] = None,
+    runs: Runs = RUNS,
+    evaluations: Evaluations = EVALUATIONS,
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    as_json: AsJson = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Choose the run to ship: the best on validation among those that kept enough; and say how to load and serve it."""
+    from folora.commands.pick import pick_run, usage
+    from folora.params import load_params
+
+    params = load_params(params_file)
+    choices = [pick_run(params, name, keep, runs, evaluations) for name in ([task] if task else params.tasks)]
+    uses = [usage(choice, foundation) for choice in choices]
+    if as_json:
+        _print_json([vars(choice) | vars(how) for choice, how in zip(choices, uses, strict=True)])
+    else:
+        print(*(f"{choice.text()}\n\n{how.text()}\n" for choice, how in zip(choices, uses, strict=True)), sep="\n")
+
+
+@app.command(
+    rich_help_panel=PANEL,
+    epilog="Example: folora forget ~/adapters/mine --spectrum artifacts/spectrum/spelled.safetensors",
+)
+def forget(
+    adapter: Annotated[Path, typer.Argument(help="Folder of any PEFT adapter for the base model.")],
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
+    spectrum: Annotated[Path | None, typer.Option(help="Moments; left out: those of the first task.")] = None,
+    tasks: Annotated[Path, typer.Option(help="Folder with evaluation tasks.")] = Path("artifacts/world"),
+    as_json: AsJson = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Measure how much an adapter forgets, also one made elsewhere: KL, perplexity, kept tasks, and each layer."""
+    import torch
+
+    from folora.base import open_base
+    from folora.commands.forget import Yardsticks, measure_forgetting
+    from folora.params import load_params
+
+    params = load_params(params_file)
+    torch.set_num_threads(params.threads.evaluate)
+    moments = spectrum or Path(f"artifacts/spectrum/{next(iter(params.tasks))}.safetensors")
+    found = measure_forgetting(params, adapter, open_base(foundation), Yardsticks(heldout, moments, tasks))
+    if as_json:
+        _print_json(found.as_json())
+    else:
+        _print_forgetting(found)
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora publish --uri http://mlflow.example.org:5000")
+def publish(
+    uri: Annotated[str | None, typer.Option(help="Left out: MLFLOW_TRACKING_URI, or tracking.uri.")] = None,
+    runs: Runs = RUNS,
+    evaluations: Evaluations = EVALUATIONS,
+    as_json: AsJson = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Send every finished run to an MLflow server or database from its artefacts; twice is once."""
+    from folora.commands.publish import publish_runs
+    from folora.params import load_params
+    from folora.tracking import address
+
+    params = load_params(params_file)
+    place = uri or address(params.tracking)
+    done = publish_runs(params, runs, evaluations, place)
+    if as_json:
+        _print_json(vars(done))
+        return
+    print(f"{len(done.sent)} runs with results are in {place}, experiment {params.tracking.experiment}")
+    for names, state in ((done.unmeasured, "there, but not evaluated yet"), (done.missing, "not trained yet")):
+        if names:
+            print(f"{state}: {', '.join(names)}")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora clean --yes")
+def clean(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs; deletes with --yes only.")] = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Delete results that params.yaml no longer names, logs, and what killed processes left; asks first."""
+    from folora.commands.clean import find_leftovers, remove, stages_that_read
+    from folora.params import load_params
+
+    leftovers = find_leftovers(load_params(params_file))
+    if as_json:
+        _print_json([{**vars(left), "path": str(left.path)} for left in leftovers])
+    elif leftovers:
+        _print_table(
+            ["path", "why", "MB"], [[str(left.path), left.reason, f"{left.size / 1e6:.1f}"] for left in leftovers]
+        )
+        for stage in stages_that_read(leftovers):
+            print(f"{stage} reads the folder of such a run, and runs again without it")
+        print(f"frees {sum(left.size for left in leftovers) / 1e6:.1f} MB; what DVC caches: dvc gc --workspace")
+    else:
+        print("nothing to delete")
+    if not leftovers or (as_json and not yes):
+        return
+    if not yes:
+        typer.confirm("Delete?", abort=True)
+    remove(leftovers)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich import print as show
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    show(table)
+
+
+def _print_forgetting(found: Forgetting) -> None:
+    perplexities = f"perplexity {found.perplexity:.3f} (base {found.base_perplexity:.3f})"
+    print(f"KL to the base {found.kl:.4f} nats per token, {perplexities}")
+    if found.kept:
+        kept = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in found.kept.items()]
+        _print_table(["kept task", "base", "adapted"], kept)
+    if found.layers:
+        rows = [(layer.layer, layer.penalty, layer.utility) for layer in found.layers]
+        rows.append(("mean", found.mean("penalty"), found.mean("utility")))
+        shown = [[name, f"{penalty:.2e}", f"{utility:.2e}"] for name, penalty, utility in rows]
+        _print_table(["relative change of", "penalty", "utility"], shown)
+    if found.unmeasured:
+        print(f"not measured layer by layer: {', '.join(found.unmeasured)}")

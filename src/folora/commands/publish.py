@@ -1,0 +1,63 @@
+"""Send finished runs to a tracking server from their artefacts, whatever was lost on the way or made elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+from folora.records import read_record, source_tags
+from folora.storage import MANIFEST_FILE, digest_of, read_json, read_table
+from folora.tracking import send_all
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.params import Params
+
+
+@dataclass
+class Published:
+    """What became of the runs of params.yaml.
+
+    Attributes:
+        sent: in the store now, with results.
+        unmeasured: in the store now, without results, since they were trained after the last evaluation.
+        missing: not trained yet.
+    """
+
+    sent: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def publish_runs(params: Params, runs: Path, evaluations: Path, uri: str) -> Published:
+    """Send every run of params.yaml that is finished; twice is once.
+
+    Raises:
+        FoLoRAError: no run is finished, an artefact is damaged, or the store cannot be reached.
+    """
+    done = Published()
+    records = []
+    source = source_tags(params)
+    for name, run in params.runs.items():
+        folder = runs / run.method / name
+        if not (folder / MANIFEST_FILE).exists():
+            done.missing.append(name)
+            continue
+        results = results_of(folder, evaluations / run.method / "metrics.parquet")
+        records.append(read_record(folder, results, source))
+        (done.sent if results else done.unmeasured).append(name)
+    if not records:
+        raise FoLoRAError(f"{runs}: holds no finished run of params.yaml: run `dvc repro` first")
+    send_all(uri, params.tracking.experiment, records)
+    return done
+
+
+def results_of(run: Path, metrics: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation that were measured on this very training of a run."""
+    if not metrics.exists():
+        return []
+    table, about = read_table(metrics, artefact="metrics")
+    measured = about.get("runs", {}).get(run.name) == digest_of(read_json(run / MANIFEST_FILE))
+    return [row for row in table.to_pylist() if row["run"] == run.name] if measured else []

@@ -1,0 +1,103 @@
+"""What is kept of a training while it runs: checkpoints, and the history of losses and of the forgetting meter."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from folora.budget import keep_inside
+from folora.meter import ForgettingMeter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.adapter import AdaptedModel
+    from folora.divergence import HeldOutText
+    from folora.tracking import RunLog
+
+
+class Recorder(TrainerCallback):
+    """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget."""
+
+    def __init__(
+        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, budget: float | None, log: RunLog
+    ) -> None:
+        self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
+        self._meter = ForgettingMeter(adapted.groups)
+        self._budget = budget
+        self._at: set[int] = set()
+        self._tokens, self._since = 0, time.perf_counter()
+        self.history: list[dict[str, float]] = []
+        self.gates: dict[str, float] = {}
+
+    def record_gates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep and log the mean gate of each layer input, where the optimizer gates the updates of A."""
+        of_parameter = {
+            id(parameter): coordinates.gate
+            for group, coordinates in zip(optimizer.param_groups, getattr(optimizer, "coordinates", []), strict=False)
+            for parameter in group["params"]
+        }
+        for group in self._adapted.groups:
+            layer = group.layers[0]
+            gate = of_parameter.get(id(getattr(layer, "A", None)))
+            if gate is not None:
+                self.gates[layer.name] = float(torch.as_tensor(gate).mean())
+        self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        del args, state, control
+        self._since = time.perf_counter()
+
+    def plan(self, steps: int, checkpoints: int) -> None:
+        """Say where checkpoints are due: evenly spaced, the last step among them."""
+        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save a checkpoint where one is due."""
+        del args, control
+        if state.global_step in self._at:
+            if self._budget is not None:
+                self._kl()
+            self._adapted.save(self._folder / str(state.global_step))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Read the meter whenever the Trainer logs a loss."""
+        del args, control
+        if "loss" not in logs:
+            return
+        step, tokens = state.global_step, state.num_input_tokens_seen
+        speed = (tokens - self._tokens) / (time.perf_counter() - self._since)
+        kl = self._kl()
+        reading = {
+            "loss": float(logs["loss"]),
+            "learning_rate": float(logs["learning_rate"]),
+            "grad_norm": float(logs["grad_norm"]),
+            **self._meter.read(),
+            "kl": kl,
+        }
+        self.history.append({"step": step, **reading})
+        # speed differs from one training to the next and stays out of the history, whose bytes do not
+        logged = {**reading, "tokens_per_second": speed}
+        self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
+        self._tokens, self._since = tokens, time.perf_counter()
+
+    def _kl(self) -> float:
+        """KL to the base on the held-out text, after drawing the model back inside its budget."""
+        model = self._adapted.model
+        model.eval()
+        if self._budget is None:
+            kl = self._text.measure(model).kl
+        else:
+            kl = keep_inside(self._adapted, lambda: self._text.measure(model).kl, self._budget)
+        model.train()
+        return kl
+
+    def table(self) -> Any:
+        """The history as an Arrow table, one row a reading."""
+        import pyarrow as pa
+
+        return pa.Table.from_pylist(self.history)

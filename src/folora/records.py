@@ -1,0 +1,204 @@
+"""What MLflow shows of a run, as plain values, and where they are kept when no server takes them.
+
+A run's artefacts (manifest, history, metrics, adapter) hold its identity, curves and results, with equal bytes
+wherever it is trained. What differs from one training to the next stands in a journal beside them: the time of each
+reading, speed, load and memory, the git commit. Artefacts alone are enough to publish a run; a journal adds to them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.git import git
+from folora.params import flatten
+from folora.presets import preset_of
+from folora.storage import (
+    MANIFEST_FILE,
+    Manifest,
+    check_manifest,
+    digest_of,
+    digest_of_file,
+    read_json,
+    read_table,
+    require,
+)
+
+if TYPE_CHECKING:
+    from folora.params import Params
+
+JOURNALS = Path(".folora/tracking")
+PEFT_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a run is, from its manifest.
+
+    Attributes:
+        run: its name in params.yaml.
+        title: method, learning rate and seed, for people.
+        digest: of the manifest; two runs with equal digests are one.
+        tags: to filter and group by.
+        params: everything the result depends on, flat, with dotted keys.
+        datasets: stage that makes the data, SHA-256, and what it is used for.
+    """
+
+    run: str
+    title: str
+    digest: str
+    tags: dict[str, str]
+    params: dict[str, Any]
+    datasets: list[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A metric at a step, read at a time in milliseconds."""
+
+    key: str
+    value: float
+    step: int
+    time: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run: its card, tags of its source, every reading, and its adapter where that is small.
+
+    Attributes:
+        final_step: the step the adapter stems from.
+        adapter: PEFT folder, or None of a method that exports whole weights.
+    """
+
+    card: Card
+    source: dict[str, str]
+    readings: list[Reading]
+    final_step: int
+    adapter: Path | None
+
+
+def card_of(manifest: Manifest) -> Card:
+    """The card of the run with this manifest."""
+    values, inputs = manifest["params"], manifest["inputs"]
+    run, kind = values["run"], values["method"]["kind"]
+    identity = {"model": manifest["model"], "tokenizer": manifest["tokenizer"]}
+    return Card(
+        run=manifest["run"],
+        title=f"{run['method']} · {run['learning_rate']:g} · {run['seed']}",
+        digest=digest_of(manifest),
+        tags={"method": run["method"], "kind": kind, "task": run["task"], "run": manifest["run"]},
+        params=flatten({**values, "inputs": inputs, **identity}),
+        datasets=[
+            (f"task@{run['task']}", inputs["task"], "training"),
+            ("proxy", digest_of(inputs["proxy"]), "penalty and replay"),
+            ("heldout", inputs["heldout"], "evaluation"),
+        ],
+    )
+
+
+def source_tags(params: Params) -> dict[str, str]:
+    """Where a run is made: git commit and whether the tree differs from it, dvc.lock, preset."""
+    tags = {"preset": preset_of(params)}
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "-uno", "--", ".", ":!dvc.lock")  # which every stage changes
+    if commit is not None and changes is not None:
+        tags |= {"mlflow.source.git.commit": commit.strip(), "git.dirty": str(bool(changes.strip())).lower()}
+    lock = Path("dvc.lock")
+    return tags | ({"dvc.lock": digest_of_file(lock)} if lock.is_file() else {})
+
+
+class Journal:
+    """Lines of JSON about one training, in ``.folora/tracking`` of the working folder; best effort, as tracking is."""
+
+    def __init__(self, digest: str, tags: dict[str, str]) -> None:
+        self._path = journal_path(digest)
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)  # of a training that was cut short
+        self._write({"tags": tags})
+
+    def add(self, values: dict[str, float], step: int) -> list[Reading]:
+        """Keep the values of one step; returns them as readings."""
+        now = int(time.time() * 1000)
+        self._write({"step": step, "time": now, "values": values})
+        return [Reading(key, value, step, now) for key, value in values.items()]
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with suppress(OSError), self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def journal_path(digest: str) -> Path:
+    """Where the journal of the run with this digest is kept."""
+    return JOURNALS / f"{digest}.jsonl"
+
+
+def read_journal(digest: str) -> tuple[dict[str, str], list[Reading]]:
+    """Source tags and readings of a run's last training; empty where there is no journal."""
+    tags: dict[str, str] = {}
+    readings = []
+    path = journal_path(digest)
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):  # a line that a full disk cut off
+            line = json.loads(text)
+            tags |= line.get("tags", {})
+            readings += [
+                Reading(key, value, line["step"], line["time"]) for key, value in line.get("values", {}).items()
+            ]
+    return tags, readings
+
+
+def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, str]) -> Record:
+    """Everything known of a finished run.
+
+    Args:
+        folder: of the run.
+        results: its rows of the evaluation's metrics, one a checkpoint; may be empty.
+        source: tags of where it was made, where no journal says so.
+
+    Raises:
+        FoLoRAError: the folder is damaged or not a run's.
+    """
+    manifest = read_json(folder / MANIFEST_FILE)
+    check_manifest(folder, manifest, artefact="run")
+    history, about = read_table(folder / "history.parquet", artefact="history", run=manifest["run"])
+    card = card_of(manifest)
+    tags, journal = read_journal(card.digest)
+    rows = [*history_readings(history.to_pylist(), about.get("gates", {})), *evaluation_readings(results)]
+    now = int(time.time() * 1000)
+    merged = {(key, step): Reading(key, value, step, now) for key, value, step in rows}
+    merged |= {(reading.key, reading.step): reading for reading in journal}
+    return Record(
+        card=card,
+        source=tags or source,
+        readings=list(merged.values()),
+        final_step=max(int(checkpoint.name) for checkpoint in require(folder / "checkpoints").iterdir()),
+        adapter=peft_adapter(folder),
+    )
+
+
+def peft_adapter(run: Path) -> Path | None:
+    """The adapter in a run's folder; None of a method that exports whole weights, which no tracking server needs."""
+    folder = run / "adapter"
+    return folder if (folder / PEFT_WEIGHTS).exists() else None
+
+
+def history_readings(rows: list[dict[str, float]], gates: dict[str, float]) -> list[tuple[str, float, int]]:
+    """Key, value and step of the curves and of the gates, which are constant."""
+    curves = [(f"train/{key}", row[key], int(row["step"])) for row in rows for key in row if key != "step"]
+    return [*curves, *((f"gate/{name}", gate, 0) for name, gate in gates.items())]
+
+
+def evaluation_readings(rows: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
+    """Key, value and step of what was measured at each checkpoint; the learning rate is a parameter."""
+    return [
+        (key, value, row["step"])
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, float) and key != "learning_rate"
+    ]

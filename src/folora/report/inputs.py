@@ -1,0 +1,163 @@
+"""What the report is drawn from, read from the artefacts of other stages and checked. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+from folora.paired import BASE_CHECKPOINT
+from folora.storage import (
+    MANIFEST_FILE,
+    METADATA_KEY,
+    check_manifest,
+    digest_of_file,
+    read_json,
+    read_table,
+    require,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from folora.comparison import Checkpoint, Record
+    from folora.paired import Answers
+    from folora.params import Params
+
+BASE = BASE_CHECKPOINT[0]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """One artefact of the spectrum stage: its manifest, and λ (d,) of every layer input, ascending."""
+
+    manifest: Record
+    eigenvalues: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that the report is drawn from.
+
+    Attributes:
+        evaluations: folder of the evaluations.
+        runs: folder of the runs, or None.
+        bases: metrics of the base model, by adaptation.
+        records: metrics of every checkpoint of every run of params.yaml.
+        answers: of each adaptation, right or wrong (items,) by checkpoint and task.
+        manifests: of every run, by name; empty without ``runs``.
+        histories: of every run, by name, a row a reading; empty without ``runs``.
+        spectra: by adaptation; empty where the report does without.
+    """
+
+    evaluations: Path
+    runs: Path | None
+    bases: dict[str, Record]
+    records: list[Record]
+    answers: dict[str, Answers]
+    manifests: dict[str, Record]
+    histories: dict[str, list[Record]]
+    spectra: dict[str, Spectrum]
+
+
+def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: Path | None) -> Inputs:
+    """Read the evaluations, and the runs and spectra where their folders are given.
+
+    Raises:
+        FoLoRAError: something is missing or damaged, or an evaluation lacks a run of params.yaml.
+    """
+    bases = {record["adaptation"]: record for record in _metrics(evaluations / BASE)}
+    records = [record for method in params.methods for record in _metrics(evaluations / method)]
+    records = [record for record in records if record["run"] in params.runs]
+    adaptations = {run.task for run in params.runs.values()}
+    missing = params.runs.keys() - {record["run"] for record in records}
+    missing |= adaptations - bases.keys()
+    missing |= {name for name in params.evaluation.kept for r in bases.values() if f"kept/{name}" not in r}
+    if missing:
+        raise FoLoRAError(f"{evaluations}: no result of {min(missing)}: run `dvc repro` for what is missing")
+    folders = {name: runs / run.method / name for name, run in params.runs.items()} if runs else {}
+    files = {name: spectra / f"{name}.safetensors" for name in sorted(adaptations)} if spectra else {}
+    return Inputs(
+        evaluations=evaluations,
+        runs=runs,
+        bases=bases,
+        records=records,
+        answers=_all_correct(evaluations, [BASE, *params.methods]),
+        manifests={name: _manifest(folder, name) for name, folder in folders.items()},
+        histories={name: _history(folder, name) for name, folder in folders.items()},
+        spectra={name: read_spectrum(file) for name, file in files.items()},
+    )
+
+
+def read_answers(folder: Path, adaptation: str, checkpoint: Checkpoint) -> list[Record]:
+    """What a checkpoint answered, a row an item, with ``prompt``, ``expected``, ``answer`` and ``correct``."""
+    import pyarrow.compute as pc
+
+    table = _answers(folder)
+    chosen = (pc.field("adaptation") == adaptation) & (pc.field("run") == checkpoint[0])
+    return table.filter(chosen & (pc.field("step") == checkpoint[1])).to_pylist()
+
+
+def read_spectrum(path: Path) -> Spectrum:
+    """Read the eigenvalues and the manifest of a spectrum, and none of its matrices.
+
+    Raises:
+        FoLoRAError: missing, damaged, or another artefact.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(require(path), framework="np") as file:
+            manifest = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+            check_manifest(path, manifest, artefact="spectrum")
+            return Spectrum(manifest, {name: file.get_tensor(f"{name}.eigenvalues") for name in manifest["groups"]})
+    except SafetensorError as error:
+        raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
+
+
+def _metrics(folder: Path) -> list[Record]:
+    table, _ = read_table(folder / "metrics.parquet", artefact="metrics")
+    return table.to_pylist()
+
+
+def _answers(folder: Path) -> Any:
+    metrics = digest_of_file(folder / "metrics.parquet")
+    return read_table(folder / "answers.parquet", artefact="answers", metrics=metrics)[0]
+
+
+def _correct(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.bool_]]:
+    """Right or wrong (items,) by adaptation, run, step and task."""
+    keys = ["adaptation", "run", "step", "task"]
+    groups = _answers(folder).sort_by("item").group_by(keys, use_threads=False).aggregate([("correct", "list")])
+    names = zip(*(groups[key].to_pylist() for key in keys), strict=True)
+    each = (answers.values.to_numpy(zero_copy_only=False) for answers in groups["correct_list"])
+    return dict(zip(names, each, strict=True))
+
+
+def _all_correct(evaluations: Path, folders: list[str]) -> dict[str, Answers]:
+    """The answers of every checkpoint, by adaptation; all to the same items."""
+    answers: dict[str, Any] = {}
+    for folder in folders:
+        for (adaptation, run, step, task), correct in _correct(evaluations / folder).items():
+            answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = correct
+    for by_checkpoint in answers.values():
+        expected = {task: len(correct) for task, correct in by_checkpoint[BASE_CHECKPOINT].items()}
+        for (run, _), by_task in by_checkpoint.items():
+            if {task: len(correct) for task, correct in by_task.items()} != expected:
+                raise FoLoRAError(f"{evaluations}: {run} answered other items than the base model: evaluate both again")
+    return answers
+
+
+def _manifest(folder: Path, name: str) -> Record:
+    manifest = read_json(folder / MANIFEST_FILE)
+    check_manifest(folder, manifest, artefact="run", run=name)
+    return dict(manifest)
+
+
+def _history(folder: Path, name: str) -> list[Record]:
+    table, _ = read_table(folder / "history.parquet", artefact="history", run=name)
+    return table.to_pylist()

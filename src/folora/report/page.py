@@ -1,0 +1,102 @@
+"""The page: what each section says, filled into ``page.html.j2``. It needs no network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.report import text
+from folora.report.answers import side_by_side
+from folora.report.figures import styled
+from folora.report.inputs import BASE
+from folora.report.spectra import gated_method, health_cells, health_note, health_rows
+from folora.report.verdict import verdict
+from folora.serving import PEFT_CONFIG, usage_of
+from folora.significance import RESAMPLES
+from folora.storage import digest_of, read_json
+
+if TYPE_CHECKING:
+    from folora.params import Params
+    from folora.report.inputs import Inputs
+    from folora.report.study import Study
+
+FOLDER = Path(__file__).parent
+
+
+def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict[str, Any]]) -> str:
+    """The report as one HTML page.
+
+    Args:
+        params: names methods and tasks.
+        inputs: for answers, runs and spectra.
+        studies: one an adaptation.
+        charts: of each study, by the name of the figure.
+    """
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+    from vl_convert import javascript_bundle
+
+    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    specs = {f"{name}-{i}": _json(chart) for i, drawn in enumerate(charts) for name, chart in drawn.items()}
+    return environment.get_template("page.html.j2").render(
+        studies=[_sections(params, inputs, study) for study in studies],
+        text=text,
+        reference=params.report.reference,
+        resamples=RESAMPLES,
+        seeds=max(len(study.comparison.seeds) for study in studies),
+        gated=gated_method(params)[0],
+        snippets=[snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])],
+        digests=_digests(inputs),
+        charts={name: Markup(spec) for name, spec in specs.items()},
+        style=Markup((FOLDER / "page.css").read_text()),
+        script=Markup(javascript_bundle((FOLDER / "page.js").read_text())),
+    )
+
+
+def _json(chart: Any) -> str:
+    # a closing tag within a string would end the script element
+    return json.dumps(styled(chart).to_dict(), separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+
+
+def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
+    """What the sections say about one adaptation."""
+    content: dict[str, Any] = {
+        "name": study.name,
+        "marked": [BASE, *study.highlighted],
+        "verdict": verdict(study),
+        "area_note": text.area_note(study),
+        "arms": text.arm_cells(study),
+        "differences": text.difference_cells(study),
+        "costs": text.cost_cells(study),
+        "pairs": text.pair_cells(study),
+        "answered_by": list(dict.fromkeys([BASE, study.reference, study.subject])),
+        "answers": side_by_side(study, inputs.evaluations, params.tasks[study.name].target),
+    }
+    if study.name in inputs.spectra:
+        spectrum, (_, gated) = inputs.spectra[study.name], gated_method(params)
+        content["health"] = health_cells(health_rows(spectrum, gated))
+        content["health_note"] = health_note(spectrum)
+    return content
+
+
+def _snippets(study: Study, runs: Path) -> list[dict[str, str]]:
+    """How to use the subject's result of the first seed, at its best rate: ``title`` and ``code`` of each way."""
+    name = study.subject
+    run, _ = next(iter(study.comparison.arms[name].finals.values()))
+    adapter = runs / name / run / "adapter"
+    if not (adapter / PEFT_CONFIG).exists():  # only the foundation stage knows the base model's place
+        return [
+            {"title": f"{name} changed whole weights; how to load them:", "code": f"folora pick --task {study.name}"}
+        ]
+    how = usage_of(run, adapter, read_json(adapter / PEFT_CONFIG)["base_model_name_or_path"])
+    load = {"title": f"The adapter of {name}, in Python:", "code": how.load}
+    return [load, {"title": "Served by vLLM, on a machine that has it:", "code": how.serve}]
+
+
+def _digests(inputs: Inputs) -> dict[str, str]:
+    """What the results were made from: the parameters and inputs of all runs, and the base model."""
+    if not inputs.manifests:
+        return {}
+    first = next(iter(inputs.manifests.values()))
+    return {"runs (parameters and inputs)": digest_of(inputs.manifests), "base model": first["model"]}

@@ -1,0 +1,88 @@
+"""The spectra of the layer inputs as rows: λ and gates for the figure, health for the table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from folora.methods.folora import FoLoRA
+
+if TYPE_CHECKING:
+    from folora.comparison import Record
+    from folora.params import Params
+    from folora.report.inputs import Spectrum
+
+POINTS = 60  # of each curve
+LEAST = 1e-3  # a smaller λ is drawn there: a logarithmic axis has no zero
+HEALTH = {  # title to field of a pencil's health record and format
+    "width": ("width", "d"),
+    "penalty rank": ("penalty_rank", ".1f"),
+    "utility rank": ("utility_rank", ".1f"),
+    "condition": ("condition", ".1e"),
+    "top share": ("top_share", ".2f"),
+    "residual": ("residual", ".0e"),
+    "orthonormality": ("orthonormality", ".0e"),
+    "shrinkage": ("shrinkage", "g"),
+    "greatest λ": ("greatest", ".1f"),
+    "mean gate": ("mean_gate", ".2f"),
+    "gates over ½": ("open", ".0%"),
+}
+
+
+def gated_method(params: Params) -> tuple[str, FoLoRA] | tuple[None, None]:
+    """The first method whose gates follow from the λ of the spectrum stage: kind folora, soft gate, a number as τ."""
+    for name, method in params.methods.items():
+        if not isinstance(method, FoLoRA) or not isinstance(method.tau, float):
+            continue
+        if (method.gate, method.shrinkage) == ("soft", None) and method.basis in ("generalised", "random"):
+            return name, method
+    return None, None
+
+
+def spectrum_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
+    """λ of every layer input at ``POINTS`` ranks, the greatest first, and its gate under a method if there is one."""
+    rows = []
+    for name, ascending in spectrum.eigenvalues.items():
+        values: Any = ascending[::-1]
+        opened = method.gates_of(values) if method else None
+        ranks = np.unique(np.linspace(0, len(values) - 1, POINTS).round().astype(int))
+        for rank in ranks.tolist():
+            row = {"input": name, "kind": name.rpartition(".")[2], "share": (rank + 0.5) / len(values)}
+            row |= {"eigenvalue": max(float(values[rank]), LEAST)}
+            rows.append(row if opened is None else row | {"gate": float(opened[rank])})
+    return rows
+
+
+def health_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
+    """One row a layer input: its pencil's health record, the greatest λ, and what the gates leave open."""
+    rows = []
+    for name, ascending in spectrum.eigenvalues.items():
+        values: Any = ascending
+        row = {"input": name, **spectrum.manifest["health"][name], "greatest": float(values.max())}
+        if method:
+            opened = method.gates_of(values)
+            row |= {"mean_gate": float(opened.mean()), "open": float((opened > 0.5).mean())}
+        rows.append(row)
+    return rows
+
+
+def health_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of health records."""
+    columns = {title: column for title, column in HEALTH.items() if column[0] in rows[0]}
+    cells = [[row["input"], *(format(row[key], style) for key, style in columns.values())] for row in rows]
+    return ["layer input", *columns], cells
+
+
+def health_note(spectrum: Spectrum) -> str:
+    """One line: how much text the moments are of, and the worst of all pencils."""
+    health = spectrum.manifest["health"].values()
+    worst = {
+        name: max(one[name] for one in health) for name in ("residual", "orthonormality", "condition", "top_share")
+    }
+    return (
+        f"{len(health)} layer inputs, moments of {spectrum.manifest['proxy_tokens']:,} proxy and "
+        f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {worst['residual']:.0e}, "
+        f"deviation from orthonormality {worst['orthonormality']:.0e}, condition {worst['condition']:.0e}; "
+        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}."
+    )

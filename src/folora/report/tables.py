@@ -1,0 +1,134 @@
+"""The comparison as rows of values: for CSV, JSON, figures and text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from folora.comparison import FIGURES, SPREAD, Match, seed_curve
+from folora.frontier import on_frontier
+from folora.report.inputs import BASE
+from folora.report.spectra import gated_method, spectrum_rows
+
+if TYPE_CHECKING:
+    from folora.comparison import Record
+    from folora.params import Params
+    from folora.report.inputs import Inputs
+    from folora.report.study import Study
+
+COSTS = ("trainable", "export", "rank", "bytes")
+METRICS = ("target", "kept", "kl", "perplexity")
+BEYOND = ("hypervolume", "matched_kept_gain_low", "matched_kept_gain_high")  # what metrics.json also has of an arm
+
+
+def arm_row(study: Study, method: str) -> Record:
+    """All that is known of a method, or of the base model, in one flat row; None where there is nothing."""
+    row: Record = {"adaptation": study.name, "method": method}
+    if method == BASE:
+        return row | {"learning_rate": None} | study.comparison.base
+    arm = study.comparison.arms[method]
+    row |= {"learning_rate": arm.learning_rate, **arm.figures}
+    row |= {f"{name}_half_width": arm.half_widths.get(name) for name in SPREAD}
+    row |= {"hypervolume": arm.hypervolume}
+    match = arm.matches.get(study.reference)
+    row |= {f"matched_{field.name}": getattr(match, field.name, None) for field in fields(Match)}
+    pair = study.pairs.get((method, study.reference))
+    for name, figure in (("matched_kept_gain", "gain"), ("kept_gain", "kept"), ("target_gain", "target")):
+        difference = getattr(pair, figure, None)
+        row |= {name: getattr(difference, "value", None)}
+        row |= {f"{name}_{part}": getattr(difference, part, None) for part in ("low", "high", "p")}
+    final = next(iter(arm.finals.values()))
+    return row | {name: study.record(final)[name] for name in COSTS}
+
+
+def summary_rows(studies: list[Study]) -> list[Record]:
+    """One row for the base model and each method, all with the same keys."""
+    rows = [arm_row(study, method) for study in studies for method in (BASE, *study.comparison.arms)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def metrics(studies: list[Study]) -> dict[str, Any]:
+    """``{"base", "arms"}``; of several adaptations their means, and each by itself under ``adaptations``.
+
+    DVC drops nulls when it shows metrics, so what has no value has no key.
+    """
+    each = {study.name: _metrics(study) for study in studies}
+    if len(each) == 1:
+        return each[studies[0].name]
+    shared = [method for method in studies[0].comparison.arms if all(method in one["arms"] for one in each.values())]
+    return {
+        "base": _means([one["base"] for one in each.values()]),
+        "arms": {method: _means([one["arms"][method] for one in each.values()]) for method in shared},
+        "adaptations": each,
+    }
+
+
+def _metrics(study: Study) -> dict[str, Any]:
+    arms = {}
+    for method in study.comparison.arms:
+        row = arm_row(study, method)
+        names = [*METRICS, *(f"matched_{field.name}" for field in fields(Match)), *BEYOND]
+        arms[method] = {"lr": row["learning_rate"]} | {name: row[name] for name in names if row[name] is not None}
+    return {"base": {name: study.base[name] for name in METRICS if name != "kl"}, "arms": arms}
+
+
+def _means(tables: list[dict[str, Any]]) -> dict[str, float]:
+    """Key-wise means of the figures; rates and matches differ between adaptations and stay with them."""
+    return {name: fmean(t[name] for t in tables) for name in METRICS if name in tables[0]}
+
+
+def match_rows(studies: list[Study]) -> list[Record]:
+    """One row for each ordered pair of methods."""
+    return [
+        {"adaptation": study.name, "method": arm.method, "other": other, **asdict(match)}
+        for study in studies
+        for arm in study.comparison.arms.values()
+        for other, match in arm.matches.items()
+    ]
+
+
+def figure_rows(params: Params, inputs: Inputs, study: Study) -> dict[str, list[Record]]:
+    """The rows behind every figure of a study, by its name; without runs or spectra theirs are left out."""
+    rows = {"frontier": checkpoint_rows(study), "kept": kept_rows(study)}
+    if inputs.histories:
+        rows["training"] = history_rows(study, inputs.histories)
+    if inputs.spectra:
+        rows["spectrum"] = spectrum_rows(inputs.spectra[study.name], gated_method(params)[1])
+    return rows
+
+
+def checkpoint_rows(study: Study) -> list[Record]:
+    """One row a checkpoint, the base first, and whether it lies on its seed's frontier of kept accuracy or of KL."""
+    names = ("adaptation", "method", "learning_rate", "seed", "step", *FIGURES)
+    rows = [{name: study.base[name] for name in names} | {"frontier_kept": True, "frontier_kl": True}]
+    for method, seed in dict.fromkeys((record["method"], record["seed"]) for record in study.records):
+        own = [record for record in study.records if (record["method"], record["seed"]) == (method, seed)]
+        curve = seed_curve(study.base, own, seed)
+        by_kept, by_kl = (on_frontier(curve.target, quality)[1:].tolist() for quality in (curve.kept, -curve.kl))
+        for record, kept, kl in zip(own, by_kept, by_kl, strict=True):
+            rows.append({name: record[name] for name in names} | {"frontier_kept": kept, "frontier_kl": kl})
+    return rows
+
+
+def kept_rows(study: Study) -> list[Record]:
+    """One row a method and kept task: accuracy, its change from the base model's and the p-value of that."""
+    rows = []
+    for method, arm in study.comparison.arms.items():
+        for task in study.kept:
+            accuracy, base = arm.figures[f"kept/{task}"], study.comparison.base[f"kept/{task}"]
+            row = {"adaptation": study.name, "method": method, "task": task, "accuracy": accuracy, "base": base}
+            rows.append(row | {"change": accuracy - base, "p": study.kept_p[method, task]})
+    return rows
+
+
+def history_rows(study: Study, histories: dict[str, list[Record]]) -> list[Record]:
+    """The forgetting meter over training, a row a reading, of every method at its best rate."""
+    return [
+        {"adaptation": study.name, "method": method, "seed": seed}
+        | {name: row[name] for name in ("step", "loss", "penalty", "utility", "kl")}
+        for method, arm in study.comparison.arms.items()
+        for seed, (run, _) in arm.finals.items()
+        for row in histories[run]
+    ]

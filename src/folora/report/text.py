@@ -1,0 +1,193 @@
+"""The comparison as text: cells of tables, one screen for the terminal, Markdown to paste."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from folora.report.inputs import BASE
+from folora.report.tables import arm_row
+from folora.report.verdict import verdict
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.comparison import Match, Record
+    from folora.params import Params
+    from folora.report.study import Study
+
+Columns = dict[str, tuple[str, int]]  # title to key of ``arm_row`` and digits
+
+ARMS: Columns = {
+    "method": ("method", 0),
+    "rate": ("learning_rate", 0),
+    "target": ("target", 2),
+    "kept": ("kept", 2),
+    "KL": ("kl", 3),
+    "perplexity": ("perplexity", 2),
+    "area": ("hypervolume", 2),
+    "target*": ("matched_target", 2),
+    "kept*": ("matched_kept", 2),
+    "gain*": ("matched_kept_gain", 2),
+    "KL*": ("matched_kl", 3),
+    "ratio*": ("matched_kl_ratio", 1),
+}
+TERMINAL: Columns = {title: column for title, column in ARMS.items() if title not in ("perplexity", "kept*")}
+SHOWN = 10  # methods on the terminal, beside the reference
+WIDTH = 100
+PAIRS_NOTE = (
+    "Every method (row) against every other (column) where both have the same target accuracy, that of the reference "
+    "or the highest that both reach: what it keeps more, and how many times smaller its KL is."
+)
+
+
+def matched_note(reference: str) -> str:
+    """What the starred columns mean."""
+    return (
+        f"on the frontier over rates and checkpoints, at the target accuracy of {reference} or the highest that the "
+        f"method also reaches: kept accuracy and what it gains over {reference}'s, KL and how many times smaller it is"
+    )
+
+
+def area_note(study: Study) -> str:
+    """What the column ``area`` means."""
+    return (
+        f"the hypervolume: what a method's checkpoints dominate in the plane of target and kept accuracy, right of the "
+        f"base model's target accuracy ({study.base['target']:.2f}) and above a kept accuracy of 0; mean over seeds. "
+        f"More rates or checkpoints can only add to it"
+    )
+
+
+def cells(row: Record, columns: Columns, *, intervals: bool = False) -> list[str]:
+    """A row of ``arm_row`` as text.
+
+    Args:
+        row: the values.
+        columns: which of them.
+        intervals: with those over seeds (±) and that of the gain.
+    """
+    return [_cell(row, key, digits, intervals=intervals) for key, digits in columns.values()]
+
+
+def _cell(row: Record, key: str, digits: int, *, intervals: bool) -> str:
+    value = row.get(key)
+    if value is None:
+        return "–"
+    if key == "learning_rate":
+        return f"{value:g}"
+    if isinstance(value, str):
+        return value
+    text = f"{value:{'+' if key.endswith('gain') else ''}z.{digits}f}"
+    if not intervals:
+        return text
+    if row.get(f"{key}_half_width") is not None:
+        text += f" ± {row[f'{key}_half_width']:.{digits}f}"
+    if row.get(f"{key}_low") is not None:
+        text += f" [{row[f'{key}_low']:z.{digits}f}, {row[f'{key}_high']:z.{digits}f}]"
+    return text
+
+
+def arm_cells(study: Study) -> list[list[str]]:
+    """The base model and every method as cells, after ``ARMS``."""
+    return [cells(arm_row(study, method), ARMS, intervals=True) for method in (BASE, *study.comparison.arms)]
+
+
+def difference_cells(study: Study) -> list[list[str]]:
+    """Differences from the reference at the best rates as cells: kept and its p, target and its p."""
+    columns = {"kept": ("kept_gain", 2), "target": ("target_gain", 2)}
+    made = []
+    for method in study.comparison.arms:
+        row = arm_row(study, method)
+        if row["kept_gain"] is not None:
+            kept, target = cells(row, columns, intervals=True)
+            made.append([method, kept, _p(row["kept_gain_p"]), target, _p(row["target_gain_p"])])
+    return made
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def cost_cells(study: Study) -> list[list[str]]:
+    """What a method's checkpoint is, as cells: trained parameters, kind, rank and size."""
+    made = []
+    for method in study.comparison.arms:
+        row = arm_row(study, method)
+        size = f"{row['bytes'] / 1000:,.0f} kB"
+        made.append([method, f"{row['trainable']:,}", row["export"], str(row["rank"] or "–"), size])
+    return made
+
+
+def kept_cells(study: Study) -> list[list[str]]:
+    """Accuracy of each kept task as cells, one row a method."""
+    figures = {BASE: study.comparison.base} | {name: arm.figures for name, arm in study.comparison.arms.items()}
+    return [[method, *(f"{row[f'kept/{task}']:.2f}" for task in study.kept)] for method, row in figures.items()]
+
+
+def pair_cells(study: Study) -> list[list[str]]:
+    """Every method (row) against every other (column) as cells, after ``PAIRS_NOTE``."""
+    arms = study.comparison.arms
+    return [
+        [name, *(_pair(arm.matches[other]) if other in arm.matches else "" for other in arms)]
+        for name, arm in arms.items()
+    ]
+
+
+def _pair(match: Match) -> str:
+    ratio = "–" if match.kl_ratio is None else f"{match.kl_ratio:.1f}×"
+    return f"{match.kept_gain:+z.2f}, {ratio}"
+
+
+def shown_methods(study: Study, limit: int = SHOWN) -> list[str]:
+    """The methods that fit on a screen: all of them, or the reference and those with the most hypervolume."""
+    arms = study.comparison.arms
+    if len(arms) <= limit + 1:
+        return list(arms)
+    best = sorted((m for m in arms if m != study.reference), key=lambda method: -arms[method].hypervolume)[:limit]
+    return [study.reference, *best]
+
+
+def summary(studies: list[Study], params: Params, output: Path) -> str:
+    """The comparison on one screen of a terminal, and where to look next."""
+    from io import StringIO
+
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    file = StringIO()
+    console = Console(file=file, width=WIDTH)
+    for study in studies:
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
+        table.title = f"{study.name}: each method at its best learning rate"
+        for column in TERMINAL:
+            name = column == "method"
+            table.add_column(column, justify="left" if name else "right", no_wrap=True, min_width=0 if name else 6)
+        methods = shown_methods(study, max(3, SHOWN // len(studies)))
+        for method in (BASE, *methods):
+            table.add_row(*cells(arm_row(study, method), TERMINAL))
+        console.print(table)
+        more = len(study.comparison.arms) - len(methods)
+        if more:
+            console.print(f"The best by area; {more} more in {output / 'summary.csv'}", soft_wrap=True)
+        console.print(verdict(study), markup=False)
+    console.print(f"* at the target accuracy of {params.report.reference}, or the highest that the method also reaches")
+    console.print(f"The page: {output / 'index.html'}   The figure: {output / 'frontier.png'}", soft_wrap=True)
+    runs = f"mlflow ui --backend-store-uri {params.tracking.uri}"
+    console.print(f"Every run: {runs}   Figures: dvc metrics show", soft_wrap=True)
+    return file.getvalue()
+
+
+def markdown(studies: list[Study]) -> str:
+    """The tables of the comparison in Markdown, to paste where results are discussed."""
+    parts = []
+    for study in studies:
+        parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
+        parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
+        parts += [_table(["method", *study.kept], kept_cells(study)), f"{PAIRS_NOTE}\n"]
+        parts += [_table(["method", *study.comparison.arms], pair_cells(study))]
+    return "\n".join(parts)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

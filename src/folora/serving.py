@@ -1,0 +1,60 @@
+"""How to use what a run trained: Python and shell commands to copy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from textwrap import indent
+from typing import TYPE_CHECKING
+
+from folora.storage import read_json, require
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PEFT_CONFIG = "adapter_config.json"
+TRANSFORMERS = "from transformers import AutoModelForCausalLM"
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How to use an adapter.
+
+    Attributes:
+        load: Python that leaves the adapted model in ``model``.
+        serve: shell commands.
+    """
+
+    load: str
+    serve: str
+
+    def text(self) -> str:
+        """For people."""
+        return f"load it:\n\n{indent(self.load, '    ')}\n\nserve it:\n\n{indent(self.serve, '    ')}"
+
+
+def usage_of(name: str, adapter: Path, model: str) -> Usage:
+    """How to load an adapter, and how to serve it.
+
+    Args:
+        name: what the server calls it.
+        adapter: its folder.
+        model: hub id or folder of the base model.
+
+    Raises:
+        FoLoRAError: the adapter is not there.
+    """
+    base = f"AutoModelForCausalLM.from_pretrained({model!r})"
+    whole = f"# first, in Python: model.save_pretrained({name!r})\nvllm serve {name} --tokenizer {model}"
+    if not (require(adapter) / PEFT_CONFIG).exists():
+        lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
+        load = f"model = load_checkpoint({base}, Path({str(adapter)!r}))"
+        return Usage("\n".join([*lines, TRANSFORMERS, load]), whole)
+    config = read_json(adapter / PEFT_CONFIG)
+    load = f"model = PeftModel.from_pretrained({base}, {str(adapter)!r})"
+    lines = ["from peft import PeftModel", TRANSFORMERS, load]
+    if config.get("use_dora"):  # vLLM refuses it
+        return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config["r"]), VLLM_RANKS[-1])
+    modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}"
+    return Usage("\n".join(lines), f"vllm serve {model} {modules}")
