@@ -17,7 +17,7 @@ from folora.methods import method_from
 from folora.pencil import LayerSpectrum, Spectrum, solve
 
 if TYPE_CHECKING:
-    from folora.adapter import Layer, LoRALayer
+    from folora.deltas import Layer, LoRALayer
 
 RANK = 3
 SCALING = 2.0

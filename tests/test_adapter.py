@@ -4,7 +4,8 @@ import pytest
 import torch
 from small import BATCH, GROUPS, adapt, assert_near, base_model, context, optimizer, seen_weight, train
 
-from folora.adapter import DenseLayer, add_lora
+from folora.adapter import add_lora
+from folora.deltas import DenseLayer
 from folora.errors import FoLoRAError
 from folora.methods import kinds
 

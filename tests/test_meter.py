@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from folora.adapter import DenseLayer, LayerGroup, LoRALayer
+from folora.deltas import DenseLayer, LayerGroup, LoRALayer
 from folora.meter import ForgettingMeter, change, output_energy
 from folora.pencil import LayerSpectrum
 

@@ -144,6 +144,10 @@ def test_folora_buys_more_utility_per_penalty_than_its_controls() -> None:
         ({"kind": "folora", "tau": {"budget": 0}}, r"methods\.m\.tau\.budget: .*greater than 0 \(got 0\)"),
         ({"kind": "folora", "tau": {"median": 1}}, r"methods\.m\.tau\."),
         ({"kind": "folora", "shrinkage": 0.9}, r"methods\.m\.shrinkage: .*got 0\.9"),
+        (
+            {"kind": "folora", "form": "filter", "basis": "random"},
+            r"methods\.m\.form filter goes with basis generalised",
+        ),
         ({"kind": "folora", "exponent": math.nan}, r"methods\.m\.exponent: "),
         ({"kind": "corda", "mode": "both"}, r"methods\.m\.mode: .*'knowledge' or 'instruction' \(got 'both'\)"),
         ({"kind": "sgd"}, r"methods\.m\.kind: 'sgd' is not one of .*folora.*lora.*uniform-canonical"),

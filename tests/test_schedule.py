@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folora.schedule import batch_rows, equal_token_steps
+from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
 plans = st.fixed_dictionaries(
@@ -89,3 +89,14 @@ def test_equal_token_steps_see_the_tokens_of_training_without_replay(
 
 def test_as_many_proxy_tokens_as_task_tokens_halve_the_steps() -> None:
     assert equal_token_steps(300, [8, 12], [5, 5], batch_size=4, replay=8) == 150
+
+
+@given(st.integers(1, 500), st.integers(1, 20))
+@PROPERTY
+def test_checkpoints_are_spread_evenly_and_end_at_the_last_step(steps: int, checkpoints: int) -> None:
+    due = sorted(checkpoint_steps(steps, checkpoints))
+    assert due[-1] == steps
+    assert len(due) <= checkpoints
+    gaps = [after - before for before, after in zip([0, *due], due, strict=False)]
+    if checkpoints <= steps:
+        assert max(gaps) - min(gaps) <= 1

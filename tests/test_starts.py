@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import scipy.linalg
 import torch
@@ -12,6 +14,8 @@ from small import (
     TASK,
     adapt,
     assert_near,
+    base_model,
+    context,
     eigh,
     moment,
     optimizer,
@@ -23,6 +27,9 @@ from small import (
     train,
 )
 from torch import Tensor
+
+from folora.errors import FoLoRAError
+from folora.methods import method_from
 
 FIRST, LAST = slice(0, RANK), slice(-RANK, None)
 
@@ -118,3 +125,15 @@ def test_sc_lora_maximises_the_contrast_of_outputs(beta: float) -> None:
         assert_near(Q.mT @ Q, torch.eye(RANK))
         assert float((Q.mT @ M @ Q).trace()) == pytest.approx(float(eigh(M)[0][LAST].sum()), abs=1e-6)
         assert_near(layer.A, Q.mT @ W, size=W.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("pissa", 5), ("olora", 5), ("milora", 5), ("corda", 5), ("lora-null", 5), ("sc-lora", 5), ("osf", 4)],
+)
+def test_a_rank_beyond_a_layer_s_singular_values_is_named(kind: str, rank: int) -> None:
+    """The smallest side of a layer is 4; LoRA itself may have more rows than that."""
+    wide = replace(context(), rank=rank)
+    with pytest.raises(FoLoRAError, match=rf"adapter\.rank: {rank} is too much for this method, layer .* has 4"):
+        method_from(kind, {"kind": kind}).adapt(base_model(), wide)
+    assert method_from("lora", {"kind": "lora"}).adapt(base_model(), wide).layers[0].A.shape[0] == rank

@@ -28,7 +28,7 @@ from small import (
 )
 from torch import Tensor
 
-from folora.adapter import AdaptedModel
+from folora.adapter import DenseModel
 
 
 def numerical_rank(singular_values: Tensor) -> int:
@@ -81,7 +81,7 @@ def test_full_is_adamw_on_the_adapted_weights_and_on_nothing_else() -> None:
     before = {name: p.detach().clone() for name, p in adapted.model.named_parameters()}
     train(adapted, optimizer(adapted, "full", weight_decay=0.3))
     weights = [reference.get_submodule(layer.name).weight for layer in adapted.layers]
-    train(AdaptedModel(reference, []), torch.optim.AdamW(weights, lr=0.02, weight_decay=0.3))
+    train(DenseModel(reference, []), torch.optim.AdamW(weights, lr=0.02, weight_decay=0.3))
     for layer, weight in zip(adapted.layers, weights, strict=True):
         assert_near(layer.current(), weight)
     changed = {name for name, p in adapted.model.named_parameters() if not torch.equal(p, before[name])}

@@ -1,4 +1,4 @@
-"""What training changes: the model with its adapter, layer by layer, and how the change is saved and loaded.
+"""What training changes: the model with its adapter, and how the change is saved and loaded.
 
 Every checkpoint is a change of the untouched base model. A method that takes a part s B₀A₀ out of the base weights
 before training (PiSSA, CorDA, ...) computes W - s B₀A₀ + s B A, which is plain LoRA of twice the rank:
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from folora.deltas import DenseLayer, Layer, LayerGroup, LoRALayer, grouped
 from folora.errors import FoLoRAError
 from folora.storage import read_tensors, write_json, write_tensors
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.pencil import LayerSpectrum, Spectrum
+    from folora.pencil import Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
 WEIGHTS_FILE = "weights.safetensors"
@@ -55,102 +57,7 @@ class Context:
     proxy: list[list[int]]
 
 
-@dataclass
-class LoRALayer:
-    """One adapted linear layer, y = W x + s B A x.
-
-    Attributes:
-        name: module name in the base model.
-        A: (r, d) parameter.
-        B: (m, r) parameter.
-        weight: (m, d), W of the base model.
-        scaling: s.
-        taken: (A₀, B₀), whose product s B₀A₀ was taken out of the base weights, or None.
-        projectors: (m, m) on the left of B and (d, d) on the right of A, or None.
-    """
-
-    name: str
-    A: nn.Parameter
-    B: nn.Parameter
-    weight: Tensor
-    scaling: float
-    taken: tuple[Tensor, Tensor] | None = None
-    projectors: tuple[Tensor, Tensor] | None = None
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(left (m, k), right (k, d)) with ΔW = s · left · right; k is r, or 2r where a part was taken out."""
-        left: Tensor = self.B
-        right: Tensor = self.A
-        if self.projectors is not None:
-            left, right = self.projectors[0] @ left, right @ self.projectors[1]
-        if self.taken is None:
-            return left, right
-        A0, B0 = self.taken
-        if not self.A.requires_grad:  # a frozen A keeps its row space, so rank r is enough
-            return left - B0, right
-        return torch.cat([left, -B0], dim=1), torch.cat([right, A0])
-
-    def moved(self) -> bool:
-        """Whether the layer differs from the base model's."""
-        if self.taken is not None:  # rounding keeps B₀A₀ - B₀A₀ off zero
-            return not (torch.equal(self.A, self.taken[0]) and torch.equal(self.B, self.taken[1]))
-        left, right = self.factors()
-        return bool((left @ right).any())
-
-
-class Projected(nn.Module):
-    """A weight seen through projectors on its left or its right."""
-
-    def __init__(self, *, left: Tensor | None = None, right: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        seen = weight if self.left is None else self.left @ weight
-        return seen if self.right is None else seen @ self.right
-
-    left: Tensor | None
-    right: Tensor | None
-
-
-@dataclass
-class DenseLayer:
-    """One linear layer whose weight changes as a whole.
-
-    Attributes:
-        name: module name in the base model.
-        weight: (m, d), W of the base model.
-        current: returns the weight as it stands, (m, d).
-    """
-
-    name: str
-    weight: Tensor
-    current: Callable[[], Tensor]
-    scaling: float = 1.0
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(ΔW, I)."""
-        change = self.current() - self.weight
-        return change, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
-
-    def moved(self) -> bool:
-        """Whether the layer differs from the base model's."""
-        return not torch.equal(self.current(), self.weight)
-
-
-Layer = LoRALayer | DenseLayer
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """The adapted layers that read one input, with the spectrum of that input."""
-
-    layers: list[Any]  # of LoRALayer, or all of DenseLayer
-    spectrum: LayerSpectrum
-
-
-class AdaptedModel:
+class AdaptedModel(ABC):
     """A model ready to train.
 
     Attributes:
@@ -195,12 +102,12 @@ class AdaptedModel:
         return False
 
     def shrink(self, factor: float) -> None:
-        """Scale ΔW of every layer in place."""
+        """Scale ΔW of every layer in place; only where ``scalable``."""
         raise NotImplementedError
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the change to ``folder``, with the same bytes every time; ``load_checkpoint`` reads it."""
-        raise NotImplementedError
 
     def linear(self, layer: Layer) -> Any:
         """The plain linear module of a layer, which PEFT may have wrapped."""
@@ -295,24 +202,15 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
     """
     from peft import LoraConfig, get_peft_model
 
-    names = [name for group in context.spectrum.groups.values() for name in group]
-    modules = dict(model.named_modules())
-    missing = [name for name in names if name not in modules]
-    if missing:
-        raise FoLoRAError(
-            f"adapter: layer {missing[0]} of the spectrum is not in the model: run the spectrum stage again"
-        )
-    # PEFT's own starts edit the weights in place
-    edits = "init_lora_weights" in options
-    weights = {name: modules[name].weight.detach() for name in names}
-    if edits:
+    weights = weights_of(model, context)
+    if "init_lora_weights" in options:  # PEFT's own starts edit the weights in place
         weights = {name: weight.clone() for name, weight in weights.items()}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=context.rank,
         lora_alpha=context.alpha,
         lora_dropout=0.0,
-        target_modules=names,
+        target_modules=list(weights),
         revision=context.base.manifest["commit"],
         **options,
     )
@@ -328,12 +226,30 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
     return LoRAModel(adapted, grouped(context.spectrum, layer))
 
 
-def grouped(spectrum: Spectrum, layer: Callable[[str], Layer]) -> list[LayerGroup]:
-    """Make the layers of the spectrum, grouped by the input they read."""
-    return [
-        LayerGroup([layer(name) for name in names], spectrum.inputs[leader])
-        for leader, names in spectrum.groups.items()
-    ]
+def weights_of(model: PreTrainedModel, context: Context) -> dict[str, Tensor]:
+    """The weight (m, d) of every layer of the spectrum, by module name.
+
+    Raises:
+        FoLoRAError: the model has no such layer.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name in context.spectrum.layers:
+        if name not in modules:
+            remedy = "run the spectrum stage again"
+            raise FoLoRAError(f"adapter: layer {name} of the spectrum is not in the model: {remedy}")
+    return {name: modules[name].weight.detach() for name in context.spectrum.layers}
+
+
+def check_rank(model: PreTrainedModel, context: Context, *, spare: int = 0) -> None:
+    """See that every layer has the singular triplets that a method takes as its start, and some to spare.
+
+    Raises:
+        FoLoRAError: the adapter's rank is too great for a layer's smaller side.
+    """
+    for name, weight in weights_of(model, context).items():
+        if context.rank + spare > min(weight.shape):
+            limit = f"layer {name} has {min(weight.shape)} singular values"
+            raise FoLoRAError(f"adapter.rank: {context.rank} is too much for this method, {limit}: lower it")
 
 
 def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 Checkpoint = tuple[str, int]  # run and step
+BASE = "base"  # the base model, where methods are named
 FIGURES = ("target", "validation", "kept", "kl", "perplexity")
 SPREAD = ("target", "kept", "kl")  # figures with an interval over seeds
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from folora.pencil import reduced
+
 BasisName = Literal["generalised", "penalty", "utility", "difference", "random", "identity"]
 
 
@@ -29,10 +31,7 @@ def directions(name: BasisName, penalty: Tensor, utility: Tensor, *, seed: int =
     """
     d = penalty.shape[0]
     if name == "generalised":
-        L = torch.linalg.cholesky(penalty)
-        half = torch.linalg.solve_triangular(L, utility, upper=False)
-        M = torch.linalg.solve_triangular(L, half.mT, upper=False)
-        V = torch.linalg.solve_triangular(L.mT, torch.linalg.eigh((M + M.mT) / 2)[1], upper=True)
+        _, V = reduced(torch.linalg.cholesky(penalty), utility)
         return V / V.norm(dim=0)
     if name == "random":
         noise = torch.randn(d, d, dtype=penalty.dtype, generator=torch.Generator().manual_seed(seed))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from folora.adapter import WEIGHTS_FILE, load_checkpoint
+from folora.comparison import BASE
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
 from folora.params import run_params
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from folora.params import Params
 
 Record = dict[str, Any]
-BASE = "base"
 
 
 class Evaluator:
@@ -159,11 +159,12 @@ def evaluate_method(
             check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
             check_fields(runs / name, manifest["params"], **run_params(params, name))
             digests[name] = digest_of(manifest)
+            _, history = read_table(runs / name / "history.parquet", artefact="history", run=name)
             results = []
             for checkpoint in checkpoints_of(runs / name):
                 model = load_checkpoint(model, checkpoint)
                 record, answered = _measure(evaluator, model, params, name, checkpoint)
-                results.append(record)
+                results.append({**record, "trainable": history["trainable"]})
                 answers += answered
             metrics += results
             sender.send(read_record(runs / name, results, source))
@@ -208,18 +209,21 @@ def _measure(
     answered = evaluator.answers(model, evaluator.tasks_of(settings))
     key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
     key |= {"seed": run.seed, "step": int(checkpoint.name)}
-    _, history = read_table(checkpoint.parent.parent / "history.parquet", artefact="history", run=name)
-    cost = {"trainable": history["trainable"], **export_of(checkpoint)}
     figures = {**scores(answered, settings, params), **asdict(divergence)}
-    return {**key, **figures, **cost}, [{**key, **answer} for answer in answered]
+    return {**key, **figures, **export_of(checkpoint)}, [{**key, **answer} for answer in answered]
+
+
+def accuracies(answers: list[Record]) -> dict[str, float]:
+    """Share of right answers of each task."""
+    by_task: dict[str, list[bool]] = {}
+    for answer in answers:
+        by_task.setdefault(answer["task"], []).append(answer["correct"])
+    return {name: sum(correct) / len(correct) for name, correct in by_task.items()}
 
 
 def scores(answers: list[Record], settings: Any, params: Params) -> Record:
     """Accuracies: ``target``, ``validation``, ``kept`` (mean of the kept tasks) and each kept task by itself."""
-    accuracy = {}
-    for name in dict.fromkeys(answer["task"] for answer in answers):
-        correct = [answer["correct"] for answer in answers if answer["task"] == name]
-        accuracy[name] = sum(correct) / len(correct)
+    accuracy = accuracies(answers)
     kept = [accuracy[name] for name in params.evaluation.kept]
     return {
         "target": accuracy[settings.target],

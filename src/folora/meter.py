@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from folora.adapter import Layer, LayerGroup
+    from folora.deltas import Layer, LayerGroup
 
 
 def change(layer: Layer, moment: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from folora.comparison import matched
+from folora.comparison import BASE, matched
 from folora.frontier import Curve
 from folora.significance import (
     SEED,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
     Answers = Mapping[Checkpoint, Mapping[str, NDArray[np.bool_]]]
 
-BASE_CHECKPOINT = ("base", 0)
+BASE_CHECKPOINT = (BASE, 0)
 SIGNIFICANT = 0.05
 
 

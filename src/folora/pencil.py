@@ -74,6 +74,11 @@ class Spectrum:
     inputs: dict[str, LayerSpectrum]
     groups: Groups
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of all layers."""
+        return [name for names in self.groups.values() for name in names]
+
 
 def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:
     """Scale a second moment to trace d, then mix with the identity: (1 - a) C + a I.
@@ -122,11 +127,7 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
             f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage"
         )
 
-    half = torch.linalg.solve_triangular(L, C_t, upper=False)
-    M = torch.linalg.solve_triangular(L, half.mT, upper=False)
-    eigenvalues, U = torch.linalg.eigh((M + M.mT) / 2)
-    V = torch.linalg.solve_triangular(L.mT, U, upper=True)
-
+    eigenvalues, V = reduced(L, C_t)
     d = V.shape[0]
     scale = math.sqrt(d) / V.norm()  # c = √(d / tr C_p⁻¹), since ‖V‖² = tr C_p⁻¹
     residual = (C_t @ V - C_p @ V * eigenvalues).norm() / (C_t @ V).norm()
@@ -143,6 +144,14 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
         "utility_rank": effective_rank(torch.linalg.eigvalsh(C_t).clamp_min(0)),
     }
     return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
+
+
+def reduced(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
+    """λ (d,), ascending, and V (d, d) of C_t V = C_p V Λ with Vᵀ C_p V = I, given the factor of C_p = L Lᵀ."""
+    half = torch.linalg.solve_triangular(L, C_t, upper=False)
+    M = torch.linalg.solve_triangular(L, half.mT, upper=False)
+    eigenvalues, U = torch.linalg.eigh((M + M.mT) / 2)
+    return eigenvalues, torch.linalg.solve_triangular(L.mT, U, upper=True)
 
 
 def effective_rank(spectrum: Tensor) -> float:

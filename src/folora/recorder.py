@@ -23,12 +23,22 @@ class Recorder(TrainerCallback):
     """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget."""
 
     def __init__(
-        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, budget: float | None, log: RunLog
+        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, budget: float | None, due: set[int], log: RunLog
     ) -> None:
+        """Prepare to record.
+
+        Args:
+            folder: of the run.
+            adapted: the model in training.
+            text: measures its KL.
+            budget: the greatest KL allowed, or None.
+            due: steps after which a checkpoint is saved.
+            log: of the run.
+        """
         self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
         self._meter = ForgettingMeter(adapted.groups)
         self._budget = budget
-        self._at: set[int] = set()
+        self._due = due
         self._tokens, self._since = 0, time.perf_counter()
         self.history: list[dict[str, float]] = []
         self.gates: dict[str, float] = {}
@@ -52,14 +62,10 @@ class Recorder(TrainerCallback):
         del args, state, control
         self._since = time.perf_counter()
 
-    def plan(self, steps: int, checkpoints: int) -> None:
-        """Say where checkpoints are due: evenly spaced, the last step among them."""
-        self._at = {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save a checkpoint where one is due."""
         del args, control
-        if state.global_step in self._at:
+        if state.global_step in self._due:
             if self._budget is not None:
                 self._kl()
             self._adapted.save(self._folder / str(state.global_step))

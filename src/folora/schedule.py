@@ -37,3 +37,8 @@ def equal_token_steps(steps: int, task: list[int], proxy: list[int], *, batch_si
     alone = batch_size * float(np.mean(task))
     together = alone + replay * float(np.mean(proxy))
     return max(1, round(steps * alone / together))
+
+
+def checkpoint_steps(steps: int, checkpoints: int) -> set[int]:
+    """Steps after which a checkpoint is due: evenly spaced, the last one among them."""
+    return {round(steps * (i + 1) / checkpoints) for i in range(checkpoints)}

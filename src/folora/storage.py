@@ -184,8 +184,7 @@ def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manife
     require(path)
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = _manifest_from((file.metadata() or {}).get(METADATA_KEY), path)
-            check_manifest(path, manifest, **expected)
+            manifest = tensor_manifest(file, path, **expected)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
@@ -193,6 +192,17 @@ def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manife
         if not torch.isfinite(tensor).all():
             raise FoLoRAError(f"{path}: {name} holds NaN or infinite values: delete the file and run its stage again")
     return tensors, manifest
+
+
+def tensor_manifest(file: Any, path: Path, **expected: Any) -> Manifest:
+    """The checked manifest of a safetensors file that ``safe_open`` has opened, of any framework.
+
+    Raises:
+        FoLoRAError: it has none, or is another artefact.
+    """
+    manifest = _manifest_from((file.metadata() or {}).get(METADATA_KEY), path)
+    check_manifest(path, manifest, **expected)
+    return manifest
 
 
 def write_table(path: Path, table: pa.Table, manifest: Manifest) -> None:

@@ -22,7 +22,7 @@ from folora.params import run_params
 from folora.proxy import HELDOUT
 from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
-from folora.schedule import batch_rows, equal_token_steps
+from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
 from folora.spectrum import read_spectrum
 from folora.storage import (
     FORMAT,
@@ -81,12 +81,12 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
     adapted = method.adapt(bare, Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy))
     if method.kl_budget and not adapted.scalable:
-        raise FoLoRAError(
-            f"methods.{run.method}.kl_budget: {method.kind_name()} edits W or trains it: choose another kind"
-        )
+        key = f"methods.{run.method}.kl_budget"
+        raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
+    due = checkpoint_steps(rows.steps, params.train.checkpoints)
     with publish(output) as folder, run_log(params.tracking, card_of(manifest), source_tags(params)) as log:
-        recorder = Recorder(folder, adapted, text, method.kl_budget, log)
+        recorder = Recorder(folder, adapted, text, method.kl_budget, due, log)
         fit(adapted, tokenizer, rows, recorder, params, run)
         if not adapted.moved():
             raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
@@ -189,7 +189,6 @@ def fit(
 ) -> None:
     """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
     settings = params.train
-    recorder.plan(rows.steps, settings.checkpoints)
     method = params.methods[run.method]
     optimizer = method.optimizer(adapted, run.learning_rate)
     recorder.record_gates(optimizer)

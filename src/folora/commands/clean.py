@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from folora.commands import EVALUATIONS, RUNS
 from folora.commands.locks import busy
+from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import JOURNALS, journal_path
 from folora.storage import MANIFEST_FILE, digest_of, read_json
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
     from folora.params import Params
 
-RUNS, EVALUATIONS = Path("artifacts/runs"), Path("artifacts/evaluation")
-BASE = "base"
 WRITTEN = (Path("artifacts"), Path("results"))  # where stages write
 SNAKEMAKE = Path(".snakemake")
 SNAKEMAKE_BOOKS = ("metadata", "incomplete", "log", "stale")  # made again; environments stay

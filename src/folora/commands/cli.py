@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from folora.commands import EVALUATIONS, RUNS
+
 if TYPE_CHECKING:
     from folora.commands.forget import Forgetting
 
@@ -19,7 +21,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 Runs = Annotated[Path, typer.Option(help="Folder with METHOD/RUN.")]
 Evaluations = Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")]
-RUNS, EVALUATIONS = Path("artifacts/runs"), Path("artifacts/evaluation")
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora methods --json")

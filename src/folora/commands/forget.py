@@ -12,21 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from folora.adapter import DenseLayer
+from folora.deltas import DenseLayer
 from folora.errors import FoLoRAError
-from folora.evaluate import Evaluator
+from folora.evaluate import Evaluator, accuracies
 from folora.meter import change, output_energy
 from folora.spectrum import read_spectrum
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
     from peft import PeftModel
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.evaluate import Record
     from folora.params import Params
     from folora.pencil import LayerSpectrum, Spectrum
 
@@ -135,14 +133,6 @@ def put_on(model: PreTrainedModel, adapter: Path) -> PeftModel:
     if adapted.active_peft_config.is_prompt_learning:
         raise FoLoRAError(f"{adapter}: adds tokens to the prompt and changes no layer: name an adapter that does")
     return adapted
-
-
-def accuracies(answers: Iterable[Record]) -> dict[str, float]:
-    """Share of right answers of each task."""
-    by_task: dict[str, list[bool]] = {}
-    for answer in answers:
-        by_task.setdefault(answer["task"], []).append(answer["correct"])
-    return {name: sum(correct) / len(correct) for name, correct in by_task.items()}
 
 
 @torch.no_grad()

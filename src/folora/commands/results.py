@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from folora.comparison import last_checkpoints
+from folora.comparison import BASE, last_checkpoints
 from folora.errors import FoLoRAError
 from folora.storage import read_table
 
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from folora.comparison import Record
     from folora.params import Params
-
-BASE = "base"
 
 
 def base_record(task: str, evaluations: Path) -> Record:

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from folora.adapter import AdaptedModel, Context, LayerGroup
+    from folora.adapter import AdaptedModel, Context
+    from folora.deltas import LayerGroup
 
 
 class Method(BaseModel):

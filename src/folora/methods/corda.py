@@ -16,7 +16,7 @@ from folora.methods.factors import FactorMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import LayerGroup, LoRALayer
+    from folora.deltas import LayerGroup, LoRALayer
 
 
 class CorDA(FactorMethod):

@@ -30,7 +30,7 @@ class DoRA(Method):
         return {"use_dora": True}
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
-        from folora.adapter import DenseLayer, grouped
+        from folora.deltas import DenseLayer, grouped
 
         adapted = super().adapt(model, context)
         modules = dict(adapted.model.get_base_model().named_modules())

@@ -15,7 +15,7 @@ from folora.methods.base import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import LayerGroup
+    from folora.deltas import LayerGroup
 
 
 class EVA(Method):

@@ -35,8 +35,7 @@ class EWCLoRA(Method):
     sequences: Annotated[int, Field(ge=1)] = 256
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
-        names = [name for group in context.spectrum.groups.values() for name in group]
-        fisher = fisher_information(model, names, context.proxy[: self.sequences])
+        fisher = fisher_information(model, context.spectrum.layers, context.proxy[: self.sequences])
         adapted = super().adapt(model, context)
         adapted.regulariser = lambda: (
             self.strength

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from folora.methods.base import Method
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-    from folora.adapter import LayerGroup, LoRALayer
+    from folora.adapter import AdaptedModel, Context
+    from folora.deltas import LayerGroup, LoRALayer
 
 
-class FactorMethod(Method):
-    """A start (A₀, B₀) computed from W and the moments; W - s B₀A₀ is frozen, and the export undoes the split."""
+class SplitMethod(Method):
+    """A start (A₀, B₀) that is a part of W; W - s B₀A₀ is frozen, and the export undoes the split."""
 
-    trains: ClassVar[str] = "A, B"
     freezes: ClassVar[str] = "W - s B₀A₀"
     export: ClassVar[str] = "LoRA of rank 2r"
+
+    def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        from folora.adapter import check_rank
+
+        check_rank(model, context)
+        return super().adapt(model, context)
+
+
+class FactorMethod(SplitMethod, ABC):
+    """A split whose factors are computed here, from W and the moments."""
 
     def initialise(self, groups: list[LayerGroup]) -> None:
         import torch
@@ -29,9 +41,9 @@ class FactorMethod(Method):
                     layer.A.copy_(A)
                     layer.B.copy_(B)
 
+    @abstractmethod
     def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
         """(A₀ (r, d), B₀ (m, r)) of one layer."""
-        raise NotImplementedError
 
 
 def singular_factors(matrix: Tensor, rank: int, scaling: float, *, last: bool = False) -> tuple[Tensor, Tensor]:

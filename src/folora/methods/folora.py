@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from folora.methods.gated import GatedMethod
 from folora.shrinkage import ShrinkageName
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from folora.adapter import AdaptedModel, LayerGroup, LoRALayer
+    from folora.adapter import AdaptedModel
+    from folora.deltas import LayerGroup, LoRALayer
     from folora.optimizer import GatedAdam
 
 
@@ -111,6 +112,12 @@ class FoLoRA(SpectralMethod):
     refresh_b: Annotated[int, Field(ge=1)] = 10
     freeze_a: bool = False
 
+    @model_validator(mode="after")
+    def _filter_is_the_pencils(self) -> FoLoRA:
+        if self.form == "filter" and (self.basis, self.gate_on) != ("generalised", "update"):
+            raise ValueError("form filter goes with basis generalised and gate_on update: change those or the form")
+        return self
+
     def basis_for(self, group: LayerGroup) -> Tensor:
         if (self.basis, self.columns, self.shrinkage) == ("generalised", "penalty", None):
             return group.spectrum.basis
@@ -163,7 +170,8 @@ class FoLoRA(SpectralMethod):
         if not self.gate_a:
             return {}
         if self.form == "filter":
-            return {"filter": update_filter(*self.moments(group), self.gates_for(group).double()).float()}
+            basis, gates = self.basis_for(group).double(), self.gates_for(group).double()
+            return {"filter": update_filter(self.moments(group)[0], basis, gates).float()}
         return {**super().coordinates(group), "gate_gradient": self.gate_on == "gradient"}
 
     def update_groups(self, adapted: AdaptedModel) -> list[dict[str, Any]]:
@@ -233,16 +241,15 @@ def spectral_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:
         A.copy_(start * math.sqrt(A.shape[0] / 3) / start.norm())
 
 
-def update_filter(penalty: Tensor, utility: Tensor, gates: Tensor) -> Tensor:
+def update_filter(penalty: Tensor, basis: Tensor, gates: Tensor) -> Tensor:
     """F = C_p V diag(g) Vᵀ, (d, d): the filter whose right eigen-directions are the pencil's, I for g = 1.
 
     Args:
         penalty: (d, d) C_p, ridged.
-        utility: (d, d) C_t.
-        gates: (d,), in the order of the pencil's ascending eigenvalues.
+        basis: (d, d) the pencil's directions, columns of any scale.
+        gates: (d,) of the columns.
     """
-    from folora.directions import directions, energies
+    from folora.directions import energies
 
-    V = directions("generalised", penalty, utility)
-    V = V / energies(V, penalty).sqrt()
+    V = basis / energies(basis, penalty).sqrt()
     return penalty @ (V * gates) @ V.mT

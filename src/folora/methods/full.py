@@ -25,7 +25,8 @@ class FullFineTuning(Method):
     export: ClassVar[str] = "weights of the adapted layers"
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
-        from folora.adapter import DenseLayer, DenseModel, grouped
+        from folora.adapter import DenseModel
+        from folora.deltas import DenseLayer, grouped
 
         modules: dict[str, Any] = dict(model.named_modules())
         model.requires_grad_(False)

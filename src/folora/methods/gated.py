@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from folora.methods.base import Method
@@ -10,16 +11,17 @@ from folora.methods.base import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import AdaptedModel, LayerGroup
+    from folora.adapter import AdaptedModel
+    from folora.deltas import LayerGroup
     from folora.optimizer import GatedAdam
 
 
-class GatedMethod(Method):
+class GatedMethod(Method, ABC):
     """A in the coordinates of each layer input, started there too: the first steps of B write into A₀'s row space."""
 
+    @abstractmethod
     def coordinates(self, group: LayerGroup) -> dict[str, Any]:
         """Fields of ``Coordinates`` for the A of a group."""
-        raise NotImplementedError
 
     def noise(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
         """Directions (d, n) of A₀ and the weight (n,) of each."""

@@ -15,7 +15,7 @@ from folora.methods.factors import FactorMethod, singular_factors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import LayerGroup, LoRALayer
+    from folora.deltas import LayerGroup, LoRALayer
 
 
 class LoRANull(FactorMethod):

@@ -17,7 +17,7 @@ from folora.methods.gated import GatedMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import LayerGroup
+    from folora.deltas import LayerGroup
 
 
 class AdamNSCL(GatedMethod):

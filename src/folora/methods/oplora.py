@@ -33,7 +33,8 @@ class OPLoRA(Method):
         import torch
         from torch.nn.utils.parametrize import register_parametrization
 
-        from folora.adapter import NAME, Projected
+        from folora.adapter import NAME
+        from folora.deltas import Projected
 
         adapted = super().adapt(model, context)
         modules: dict[str, Any] = dict(adapted.model.get_base_model().named_modules())

@@ -30,12 +30,14 @@ class OSF(Method):
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
         from peft import OSFConfig, get_peft_model
 
-        from folora.adapter import DenseLayer, DenseModel, grouped
+        from folora.adapter import DenseModel, check_rank, weights_of
+        from folora.deltas import DenseLayer, grouped
 
-        modules: dict[str, Any] = dict(model.named_modules())
-        names = [name for group in context.spectrum.groups.values() for name in group]
-        ranks = {name: min(modules[name].weight.shape) - context.rank for name in names}
-        config = OSFConfig(target_modules=names, effective_rank=1, rank_pattern=ranks)
+        check_rank(model, context, spare=1)  # PEFT freezes one triplet at least
+        frozen: dict[str, int | float] = {
+            name: min(weight.shape) - context.rank for name, weight in weights_of(model, context).items()
+        }
+        config = OSFConfig(target_modules=list(frozen), effective_rank=1, rank_pattern=frozen)
         adapted = get_peft_model(model, config)
         wrapped: dict[str, Any] = dict(adapted.get_base_model().named_modules())
 

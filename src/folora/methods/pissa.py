@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from folora.methods.base import Method
+from folora.methods.factors import SplitMethod
 
 
-class PiSSA(Method):
+class PiSSA(SplitMethod):
     """Trains the principal part of W."""
 
     kind: Literal["pissa"]
     paper: ClassVar[str] = "2404.02948"
-    freezes: ClassVar[str] = "W - s B₀A₀"
-    export: ClassVar[str] = "LoRA of rank 2r"
 
     def lora_options(self) -> dict[str, Any]:
         return {"init_lora_weights": "pissa"}

@@ -15,7 +15,7 @@ from pydantic import Field
 from folora.methods.gated import GatedMethod
 
 if TYPE_CHECKING:
-    from folora.adapter import LayerGroup
+    from folora.deltas import LayerGroup
 
 
 class SGP(GatedMethod):

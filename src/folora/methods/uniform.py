@@ -13,7 +13,7 @@ from folora.methods.folora import SpectralMethod
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from folora.adapter import LayerGroup
+    from folora.deltas import LayerGroup
 
 
 class Uniform(SpectralMethod):

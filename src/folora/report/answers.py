@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from folora.comparison import BASE
 from folora.paired import BASE_CHECKPOINT
-from folora.report.inputs import BASE, read_answers
+from folora.report.inputs import read_answers
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.paired import BASE_CHECKPOINT
 from folora.storage import (
     MANIFEST_FILE,
-    METADATA_KEY,
     check_manifest,
     digest_of_file,
     read_json,
     read_table,
     require,
+    tensor_manifest,
 )
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from folora.comparison import Checkpoint, Record
     from folora.paired import Answers
     from folora.params import Params
-
-BASE = BASE_CHECKPOINT[0]
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,7 @@ def read_spectrum(path: Path) -> Spectrum:
 
     try:
         with safe_open(require(path), framework="np") as file:
-            manifest = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            check_manifest(path, manifest, artefact="spectrum")
+            manifest = tensor_manifest(file, path, artefact="spectrum")
             return Spectrum(manifest, {name: file.get_tensor(f"{name}.eigenvalues") for name in manifest["groups"]})
     except SafetensorError as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folora.comparison import BASE
 from folora.report import text
 from folora.report.answers import side_by_side
 from folora.report.figures import styled
-from folora.report.inputs import BASE
 from folora.report.spectra import gated_method, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
 from folora.serving import PEFT_CONFIG, usage_of

@@ -6,9 +6,8 @@ from dataclasses import asdict, fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from folora.comparison import FIGURES, SPREAD, Match, seed_curve
+from folora.comparison import BASE, FIGURES, SPREAD, Match, seed_curve
 from folora.frontier import on_frontier
-from folora.report.inputs import BASE
 from folora.report.spectra import gated_method, spectrum_rows
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from folora.report.inputs import BASE
+from folora.comparison import BASE
 from folora.report.tables import arm_row
 from folora.report.verdict import verdict
 
