@@ -28,7 +28,7 @@ from small import (
 )
 from torch import Tensor
 
-from folora.adapter import DenseModel
+from folora.adapter import AdaptedModel, DenseModel
 
 
 def numerical_rank(singular_values: Tensor) -> int:
