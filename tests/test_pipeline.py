@@ -129,7 +129,7 @@ def test_a_killed_run_is_finished_by_the_other_runner(by_dvc: Path, tmp_path: Pa
     change(workspace, "train.log_every", 2)  # another history, the same adapters
     process = subprocess.Popen(["snakemake", "--cores", "2"], cwd=workspace, start_new_session=True)
     deadline = time.monotonic() + 120
-    while not list((workspace / "artifacts/runs").rglob("*.partial")) and time.monotonic() < deadline:
+    while not list((workspace / "artifacts/runs").glob("*/*.partial")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
