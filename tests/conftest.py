@@ -97,7 +97,7 @@ class Pipeline:
 
     @property
     def proxy(self) -> Path:
-        return self.folder / "proxy"
+        return self.folder / "proxy" / "sampled"
 
     @property
     def heldout(self) -> Path:
@@ -105,7 +105,7 @@ class Pipeline:
 
     @property
     def proxy_moments(self) -> Path:
-        return self.folder / "covariance" / "proxy"
+        return self.folder / "covariance" / "proxy" / "sampled"
 
     @property
     def task_moments(self) -> Path:
@@ -113,7 +113,7 @@ class Pipeline:
 
     @property
     def spectrum(self) -> Path:
-        return self.folder / "spectrum" / "subtraction.safetensors"
+        return self.folder / "spectrum" / "subtraction" / "sampled.safetensors"
 
     def copy(self, folder: Path) -> Pipeline:
         """A copy that a test may damage; the parameters still name the data set of the original."""
@@ -148,7 +148,7 @@ def pipeline(
 ) -> Pipeline:
     """Every stage before training, run once a session; tests leave it as it is."""
     from folora.covariance import compute_covariance
-    from folora.proxy import generate_proxy
+    from folora.proxy import generate_heldout, generate_proxy
     from folora.spectrum import compute_spectrum
     from folora.task import prepare_task
 
@@ -160,13 +160,13 @@ def pipeline(
     made = Pipeline(folder, params, open_base(folder / "foundation"))
     prepare_task(params.tasks["subtraction"], made.base, made.task)
     for shard in params.proxy.shards:
-        generate_proxy(params.proxy, str(shard), made.base, made.proxy / f"{shard}.parquet")
+        generate_proxy(params.proxy, "sampled", str(shard), made.base, made.proxy / f"{shard}.parquet")
         compute_covariance(
             params, made.base, made.proxy / f"{shard}.parquet", made.proxy_moments / f"{shard}.safetensors"
         )
-    generate_proxy(params.proxy, "heldout", made.base, made.heldout)
+    generate_heldout(params.proxy, made.base, made.heldout)
     compute_covariance(params, made.base, made.task, made.task_moments)
-    compute_spectrum(params, "subtraction", made.base, made.proxy_moments, made.task_moments, made.spectrum)
+    compute_spectrum(params, "subtraction", "sampled", made.base, made.proxy_moments, made.task_moments, made.spectrum)
     gc.freeze()  # transformers' Trainer collects garbage at every start: spare it all that was imported
     return made
 

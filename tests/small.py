@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora.adapter import AdaptedModel, Context
 from folora.base import Base
+from folora.covariance import CountedText
 from folora.methods import method_from
 from folora.pencil import LayerSpectrum, Spectrum, solve
 
@@ -106,7 +107,8 @@ def context(*, white: bool = False) -> Context:
         }
     rows = [[1, *row] for row in torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(3)).tolist()]
     base = Base(Path("base"), {"source": "base", "commit": None})
-    return Context(RANK, round(SCALING * RANK), Spectrum(inputs, GROUPS), base, rows)
+    task = CountedText(BATCH["input_ids"].tolist(), None, "all", 1, 0)
+    return Context(RANK, round(SCALING * RANK), Spectrum(inputs, GROUPS), base, rows, task)
 
 
 def adapt(kind: str, *, seed: int = 0, white: bool = False, **options: Any) -> AdaptedModel:

@@ -19,7 +19,18 @@ if TYPE_CHECKING:
 
     from conftest import Pipeline, Refused, SaveParams
 
-STAGES = ["foundation", "task", "proxy", "covariance", "spectrum", "train", "evaluate-base", "evaluate", "report"]
+STAGES = [
+    "foundation",
+    "task",
+    "proxy",
+    "heldout",
+    "covariance",
+    "spectrum",
+    "train",
+    "evaluate-base",
+    "evaluate",
+    "report",
+]
 COMMANDS = ["methods", "use", "why", "doctor", "compare", "pick", "forget", "publish", "clean"]
 
 
@@ -95,8 +106,8 @@ def test_the_stages_are_those_of_dvc() -> None:
     [
         ["nonsense"],
         ["report"],
-        ["proxy", "0", "--foundation", "f", "--output", "o", "--threads", "0"],
-        ["proxy", "0", "--foundation", "f", "--output", "o", "--threads", "many"],
+        ["proxy", "sampled", "0", "--foundation", "f", "--output", "o", "--threads", "0"],
+        ["proxy", "sampled", "0", "--foundation", "f", "--output", "o", "--threads", "many"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], in_tmp: Path) -> None:
@@ -110,7 +121,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], in_tmp: Path) -> None:
     [
         (("task", "poetry"), "tasks: 'poetry' is not in params.yaml; there are subtraction"),
         (
-            ("spectrum", "poetry", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
+            ("spectrum", "poetry", "sampled", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
             "tasks: 'poetry' is not in params.yaml; there are subtraction",
         ),
         (
@@ -145,7 +156,12 @@ def test_unknown_entry_names_the_known_ones(
 def test_missing_foundation_says_what_to_run(
     stage: str, files: tuple[str, ...], pipeline: Pipeline, save_params: SaveParams, refused: Refused
 ) -> None:
-    name = {"task": ["subtraction"], "spectrum": ["subtraction"], "proxy": ["0"], "train": ["lora-3e-3-s0"]}
+    name = {
+        "task": ["subtraction"],
+        "spectrum": ["subtraction", "sampled"],
+        "proxy": ["sampled", "0"],
+        "train": ["lora-3e-3-s0"],
+    }
     name["evaluate"] = ["lora"]
     threads = () if stage == "task" else ("--threads", 1)
     options = (*files, "--foundation", "nowhere", *threads, "--params", save_params(pipeline.values()))
@@ -159,10 +175,11 @@ def test_read_only_results_folder_is_one_line(
 ) -> None:
     arguments = {
         "task": ("subtraction",),
-        "proxy": ("0", "--threads", 1),
+        "proxy": ("sampled", "0", "--threads", 1),
         "covariance": ("--rows", pipeline.task, "--threads", 1),
         "spectrum": (
             "subtraction",
+            "sampled",
             *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments, "--threads", 1),
         ),
     }[stage]
@@ -181,7 +198,7 @@ def test_full_disk_is_one_line(
         "foundation": ("--world", small_disk / "world"),
         "covariance": ("--foundation", pipeline.foundation, "--rows", pipeline.task),
         "spectrum": (
-            *("subtraction", "--foundation", pipeline.foundation),
+            *("subtraction", "sampled", "--foundation", pipeline.foundation),
             *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments),
         ),
     }[stage]
@@ -197,6 +214,6 @@ def test_threads_and_determinism_are_set(pipeline: Pipeline, save_params: SavePa
     params = save_params(pipeline.values())
     for threads in (3, 1):
         torch.use_deterministic_algorithms(mode=False)
-        refused("proxy", "0", "--foundation", "nowhere", "--threads", threads, "--params", params)
+        refused("proxy", "sampled", "0", "--foundation", "nowhere", "--threads", threads, "--params", params)
         assert torch.get_num_threads() == threads
         assert torch.are_deterministic_algorithms_enabled()

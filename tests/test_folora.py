@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from small import (
+    BATCH,
     GROUPS,
     PROXY,
     RANK,
@@ -282,3 +283,51 @@ def test_a_refresh_carries_adam_s_mean_of_b_into_the_new_coordinates() -> None:
         assert not torch.allclose(one.basis, basis, rtol=0.1)
         assert_near(made.state[B]["exp_avg"].double() @ torch.linalg.inv(one.basis.double()), 0.9 * mean, 1e-4)
         assert_near(made.state[B]["exp_avg_sq"], 0.999 * square)
+
+
+def test_utility_is_measured_on_the_adapted_model() -> None:
+    """After a refresh A's coordinates are those of the task's moments of the model as it stands by then."""
+    adapted = adapt("folora", refresh_utility=2)
+    made = optimizer(adapted, "folora", refresh_utility=2)
+    factors = [layer.A for layer in adapted.layers] + [layer.B for layer in adapted.layers]
+    push(made, factors, range(2))
+    old = [one.basis for one in made.coordinates[: len(GROUPS)]]
+    seen: dict[str, Tensor] = {}
+    for group in adapted.groups:
+        layer = group.layers[0]
+
+        def remember(_: object, inputs: tuple[Tensor, ...], name: str = layer.name) -> None:
+            seen[name] = inputs[0].detach().flatten(0, 1)
+
+        adapted.linear(layer).register_forward_pre_hook(remember)
+    adapted.model(**BATCH)
+    tokens = dict(seen)
+    first = adapted.groups[0].layers[0].A
+    before = made.state[first]["exp_avg"].double() @ torch.linalg.inv(old[0].double())
+    for factor in factors:
+        factor.grad = torch.zeros_like(factor)
+    made.step()
+    for (name, x), one, basis in zip(tokens.items(), made.coordinates, old, strict=False):
+        C_p, C_t = ridged(PROXY[name]), ridged(x.double(), 0.0)
+        eigenvalues = eigh(C_t, C_p)[0]
+        assert not torch.allclose(one.basis, basis, rtol=0.1)
+        V = one.basis.double()
+        cost = (V.mT @ C_p @ V)[0, 0]
+        assert_near(V.mT @ C_t @ V / cost, eigenvalues.diag(), 1e-3)
+        assert_near(one.gate, share(eigenvalues.clamp_min(0)), 1e-3)
+    after = made.state[first]["exp_avg"].double() @ torch.linalg.inv(made.coordinates[0].basis.double())
+    assert_near(after, 0.9 * before, 1e-4)
+    assert adapted.model.training
+
+
+def test_utility_is_measured_at_the_stated_steps() -> None:
+    adapted = adapt("folora", refresh_utility=2)
+    made = optimizer(adapted, "folora", refresh_utility=2)
+    bases = []
+    for step in range(5):
+        push(made, adapted.trained, range(step, step + 1))
+        bases.append(made.coordinates[0].basis)
+    assert bases[0] is bases[1]
+    assert bases[2] is bases[3]
+    assert bases[1] is not bases[2]
+    assert bases[3] is not bases[4]

@@ -123,7 +123,7 @@ def test_a_pinned_model_is_sampled_from(elsewhere: Path, pipeline: Pipeline, tmp
     base = pin(elsewhere, tmp_path / "pinned")
     assert base.load_model().config.hidden_size == 16
     assert base.identity["model"] != pipeline.base.identity["model"]
-    generate_proxy(pipeline.params.proxy, "0", base, tmp_path / "0.parquet")
+    generate_proxy(pipeline.params.proxy, "sampled", "0", base, tmp_path / "0.parquet")
     assert read_table(tmp_path / "0.parquet", **base.identity)[0].num_rows == pipeline.params.proxy.sequences
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folora.params import Proxy
 from folora.proxy import generate_proxy, invert, sample, sequence_seed, uniform_numbers
 from folora.storage import read_table
 
@@ -42,7 +44,7 @@ def columns(path: Path) -> dict[str, list]:
 @pytest.mark.parametrize("batch_size", [3, 20, 500])
 def test_batch_size_does_not_matter(batch_size: int, pipeline: Pipeline, tmp_path: Path) -> None:
     settings = pipeline.params.proxy.model_copy(update={"batch_size": batch_size})
-    generate_proxy(settings, "0", pipeline.base, tmp_path / "0.parquet")
+    generate_proxy(settings, "sampled", "0", pipeline.base, tmp_path / "0.parquet")
     found, expected = columns(tmp_path / "0.parquet"), columns(pipeline.proxy / "0.parquet")
     for found_row, row in zip(found.pop("logprobs"), expected.pop("logprobs"), strict=True):
         assert found_row == pytest.approx(row, abs=1e-4)
@@ -51,12 +53,12 @@ def test_batch_size_does_not_matter(batch_size: int, pipeline: Pipeline, tmp_pat
 
 def test_a_sequence_does_not_depend_on_the_others(pipeline: Pipeline, tmp_path: Path) -> None:
     settings = pipeline.params.proxy.model_copy(update={"sequences": 5})
-    generate_proxy(settings, "0", pipeline.base, tmp_path / "0.parquet")
+    generate_proxy(settings, "sampled", "0", pipeline.base, tmp_path / "0.parquet")
     assert columns(tmp_path / "0.parquet")["text"] == columns(pipeline.proxy / "0.parquet")["text"][:5]
 
 
 def test_same_settings_give_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
-    generate_proxy(pipeline.params.proxy, "1", pipeline.base, tmp_path / "1.parquet")
+    generate_proxy(pipeline.params.proxy, "sampled", "1", pipeline.base, tmp_path / "1.parquet")
     assert (tmp_path / "1.parquet").read_bytes() == (pipeline.proxy / "1.parquet").read_bytes()
 
 
@@ -67,7 +69,7 @@ def test_shards_and_heldout_text_share_no_seed(pipeline: Pipeline, tmp_path: Pat
     assert len(set(seeds)) == len(seeds) == 2 * settings.sequences + settings.heldout_sequences
     assert seeds == [sequence_seed(0, s, i) for s, n in (("0", 96), ("1", 96), ("heldout", 24)) for i in range(n)]
     assert columns(paths[0])["text"] != columns(paths[1])["text"]
-    generate_proxy(settings.model_copy(update={"seed": 1}), "0", pipeline.base, tmp_path / "0.parquet")
+    generate_proxy(settings.model_copy(update={"seed": 1}), "sampled", "0", pipeline.base, tmp_path / "0.parquet")
     assert not set(columns(tmp_path / "0.parquet")["seed"]) & set(seeds)
 
 
@@ -75,7 +77,7 @@ def test_rows_are_consistent(pipeline: Pipeline) -> None:
     rows, manifest = read_table(pipeline.proxy / "0.parquet", **pipeline.base.identity)
     tokenizer, settings = pipeline.base.load_tokenizer(), pipeline.params.proxy
     assert manifest["shard"] == "0"
-    assert manifest["proxy"] == settings.model_dump(exclude={"shards"})
+    assert manifest["proxy"] == settings.sampling("sampled")
     reasons = set()
     for number, row in enumerate(rows.to_pylist()):
         ids = row["token_ids"]
@@ -150,4 +152,61 @@ def test_longer_than_the_context_is_one_line(pipeline: Pipeline, save_params: Sa
     values = pipeline.values()
     values["proxy"]["max_length"] = 65
     arguments = ("--foundation", pipeline.foundation, "--threads", 1, "--params", save_params(values))
-    assert "proxy.max_length: 65 is more than the model's context of 64" in refused("proxy", "0", *arguments)
+    assert "proxy.max_length: 65 is more than the model's context of 64" in refused("proxy", "sampled", "0", *arguments)
+
+
+def with_source(pipeline: Pipeline, **source: Any) -> Proxy:
+    values = pipeline.values()["proxy"] | {"corpora": str(pipeline.world), "sources": {"other": source}}
+    return Proxy.model_validate(values)
+
+
+def test_random_tokens_are_of_the_vocabulary(pipeline: Pipeline, tmp_path: Path) -> None:
+    generate_proxy(with_source(pipeline, kind="random"), "other", "0", pipeline.base, tmp_path / "0.parquet")
+    rows, tokenizer = columns(tmp_path / "0.parquet"), pipeline.base.load_tokenizer()
+    drawn = [token for ids in rows["token_ids"] for token in ids[1:]]
+    words = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    assert {ids[0] for ids in rows["token_ids"]} == {BOS}
+    assert {len(ids) for ids in rows["token_ids"]} == {pipeline.params.proxy.max_length}
+    assert set(drawn) == set(words)
+    uniform = torch.full((len(words),), 1 / len(words), dtype=torch.float64)
+    assert chi_squared([words.index(token) for token in drawn], uniform) > 1e-3
+
+
+def test_corpus_rows_are_those_of_the_data_set(pipeline: Pipeline, tmp_path: Path) -> None:
+    settings = with_source(pipeline, kind="corpus", dataset="addition", text="{{ prompt }}{{ response }}")
+    generate_proxy(settings, "other", "0", pipeline.base, tmp_path / "0.parquet")
+    lines = (pipeline.world / "addition" / "train.jsonl").read_text().splitlines()
+    texts = {item["prompt"] + item["response"] for item in map(json.loads, lines)}
+    rows = columns(tmp_path / "0.parquet")
+    assert set(rows["text"]) <= texts
+    assert len(set(rows["text"])) > 0.5 * len(rows["text"])  # drawn with replacement from all of them
+    assert {ids[-1] for ids in rows["token_ids"]} == {EOS}
+    generate_proxy(settings, "other", "1", pipeline.base, tmp_path / "1.parquet")
+    assert columns(tmp_path / "1.parquet")["text"] != rows["text"]
+
+
+def test_longer_rows_of_a_corpus_are_cut(pipeline: Pipeline, tmp_path: Path) -> None:
+    source = {"kind": "corpus", "dataset": "addition", "text": "{{ prompt }}{{ response }}"}
+    settings = with_source(pipeline, **source).model_copy(update={"max_length": 5})
+    generate_proxy(settings, "other", "0", pipeline.base, tmp_path / "0.parquet")
+    rows = columns(tmp_path / "0.parquet")
+    assert {len(ids) for ids in rows["token_ids"]} == {5}
+    assert set(rows["finish_reason"]) == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text", "expected"),
+    [
+        ("poetry", "{{ prompt }}", "no data set here"),
+        ("addition", "{{ verse }}", "the columns are prompt, response"),
+    ],
+)
+def test_bad_corpus_is_one_line(
+    dataset: str, text: str, expected: str, pipeline: Pipeline, save_params: SaveParams, refused: Refused
+) -> None:
+    settings = with_source(pipeline, kind="corpus", dataset=dataset, text=text)
+    values = pipeline.values() | {"proxy": settings.model_dump()}
+    for run in values["runs"].values():
+        run["proxy"] = "other"
+    arguments = ("--foundation", pipeline.foundation, "--threads", 1, "--params", save_params(values))
+    assert expected in refused("proxy", "other", "0", *arguments)

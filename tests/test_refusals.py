@@ -114,9 +114,11 @@ def test_bos_comes_first_whatever_the_tokenizer_does(tiny: Path, tiny_params: Pa
 
 
 # proxy
-def test_unknown_shard_is_refused(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
+def test_unknown_source_is_refused(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
     options = ("--foundation", pipeline.foundation, "--threads", 1, "--params", save_params(pipeline.values()))
-    assert "hedlout" in refused("proxy", "hedlout", *options)
+    assert (
+        refused("proxy", "smapled", 0, *options) == "proxy.sources: 'smapled' is not in params.yaml; there are sampled"
+    )
 
 
 # covariance
@@ -137,7 +139,7 @@ def test_the_same_shard_twice_is_refused(
     shutil.copy(copy.proxy_moments / "0.safetensors", copy.proxy_moments / "1.safetensors")
     moments = ("--proxy-moments", copy.proxy_moments, "--task-moments", copy.task_moments, "--threads", 1)
     options = ("--foundation", copy.foundation, *moments, "--params", save_params(copy.values()))
-    assert "made with shard 0" in refused("spectrum", "subtraction", *options)
+    assert "made with shard 0" in refused("spectrum", "subtraction", "sampled", *options)
 
 
 # train

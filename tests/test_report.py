@@ -88,7 +88,13 @@ def values(adaptations: list[str], results: Results = RESULTS) -> dict[str, Any]
     content["evaluation"]["kept"] = KEPT
     content["methods"] |= {method: {"kind": "lora"} for method, _, _ in results.values() if method.startswith("other")}
     content["runs"] = {
-        f"{run}-{adaptation}": {"task": adaptation, "method": method, "learning_rate": rate, "seed": 0}
+        f"{run}-{adaptation}": {
+            "task": adaptation,
+            "proxy": "sampled",
+            "method": method,
+            "learning_rate": rate,
+            "seed": 0,
+        }
         for adaptation in adaptations
         for run, (method, rate, _) in results.items()
     }
@@ -368,7 +374,13 @@ def test_results_of_the_pipeline_make_a_report(full: Path) -> None:
 def test_missing_run_is_named(save_params: SaveParams, tmp_path: Path, refused: Refused) -> None:
     write_results(tmp_path / "evaluation", ["subtraction"])
     content = values(["subtraction"])
-    content["runs"]["lora-new"] = {"task": "subtraction", "method": "lora", "learning_rate": 0.5, "seed": 1}
+    content["runs"]["lora-new"] = {
+        "task": "subtraction",
+        "proxy": "sampled",
+        "method": "lora",
+        "learning_rate": 0.5,
+        "seed": 1,
+    }
     line = refused("report", "--evaluations", tmp_path / "evaluation", "--params", save_params(content))
     assert line.startswith(f"{tmp_path / 'evaluation'}: no result of lora-new: run `dvc repro`")
 

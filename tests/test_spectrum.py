@@ -60,14 +60,14 @@ def test_every_adapted_layer_is_in_one_group(pipeline: Pipeline) -> None:
 
 
 def test_same_moments_give_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
-    inputs = (pipeline.params, "subtraction", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+    inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
     compute_spectrum(*inputs, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == pipeline.spectrum.read_bytes()
 
 
 def test_spectrum_of_another_task_is_refused(pipeline: Pipeline) -> None:
     task = pipeline.params.tasks["subtraction"].model_copy(update={"max_length": 31})
-    with pytest.raises(FoLoRAError, match=r"subtraction\.safetensors: made with task "):
+    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: made with task "):
         read_spectrum(pipeline.spectrum, task=task.model_dump())
 
 
@@ -84,7 +84,10 @@ def first(tensors: dict) -> str:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "model": (lambda p: rewrite(p, lambda _, m: m.update(model="0")), "made with model 0, but "),
     "tokenizer": (lambda p: rewrite(p, lambda _, m: m.update(tokenizer="0")), "made with tokenizer 0, but "),
-    "temperature": (lambda p: rewrite(p, lambda _, m: m["proxy"].update(temperature=2.0)), "made with proxy {"),
+    "temperature": (
+        lambda p: rewrite(p, lambda _, m: m["proxy"]["source"].update(temperature=2.0)),
+        "made with proxy {",
+    ),
     "positions": (lambda p: rewrite(p, lambda _, m: m.update(positions="without_first")), "made with positions wi"),
     "groups": (lambda p: rewrite(p, lambda _, m: m["groups"].popitem()), "made with groups {"),
     "format": (lambda p: rewrite(p, lambda _, m: m.update(format=0)), "made with format 0, but 1 is expected"),
@@ -104,7 +107,14 @@ def test_bad_shard_is_one_line(
     act(shard)
     arguments = ("--proxy-moments", copy.proxy_moments, "--task-moments", copy.task_moments, "--threads", 1)
     line = refused(
-        "spectrum", "subtraction", "--foundation", copy.foundation, *arguments, "--params", save_params(copy.values())
+        "spectrum",
+        "subtraction",
+        "sampled",
+        "--foundation",
+        copy.foundation,
+        *arguments,
+        "--params",
+        save_params(copy.values()),
     )
     assert line.startswith(f"{shard}: ")
     assert expected in line
@@ -116,7 +126,7 @@ def test_moments_of_another_parameter_set_are_refused(
     values = pipeline.values()
     values["proxy"]["sequences"] = 97
     arguments = ("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments, "--threads", 1)
-    arguments = ("spectrum", "subtraction", "--foundation", pipeline.foundation, *arguments)
+    arguments = ("spectrum", "subtraction", "sampled", "--foundation", pipeline.foundation, *arguments)
     line = refused(*arguments, "--params", save_params(values))
     assert line.startswith(f"{pipeline.proxy_moments / '0.safetensors'}: made with proxy ")
     values = pipeline.values()
@@ -136,7 +146,7 @@ def test_shrinkage_is_used(pipeline: Pipeline, tmp_path: Path) -> None:
     def largest(shrinkage: float) -> float:
         section = pipeline.params.spectrum.model_copy(update={"shrinkage": shrinkage})
         params: Params = pipeline.params.model_copy(update={"spectrum": section})
-        inputs = (params, "subtraction", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+        inputs = (params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
         compute_spectrum(*inputs, tmp_path / str(shrinkage))
         return max(float(one.eigenvalues[-1]) for one in read_spectrum(tmp_path / str(shrinkage)).inputs.values())
 

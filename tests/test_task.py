@@ -93,7 +93,7 @@ def test_folder_without_data_is_named(tiny_base: Base, tiny_params: Params, tmp_
         ("", "data.jsonl: the data set is empty: at least one row"),
         (
             '{"question": "1", "reply": "2"}\n',
-            "row 0: 'answer' is undefined: mend tasks.*.prompt or response; the columns are question",
+            "row 0: 'answer' is undefined: mend the template in params.yaml; the columns are question",
         ),
         ('{"question": "1", "answer": ""}\n', "row 0 of the task: the response is empty"),
         ('{"question": "1", "answer": "2"}\n{"question": "11111", "answer": "2222222"}\n', "row 1 of the task: "),
@@ -117,7 +117,7 @@ def test_bad_data_is_one_line(
 
 def test_bad_template_is_named(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
     data = write_rows(ROWS, tmp_path / "data.jsonl")
-    with pytest.raises(FoLoRAError, match=r"unexpected end of template.*mend tasks"):
+    with pytest.raises(FoLoRAError, match=r"unexpected end of template.*mend the template"):
         prepare(tiny_base, tiny_params, tmp_path / "out", data, prompt="{{ question")
     assert not (tmp_path / "out").exists()
 

@@ -216,7 +216,12 @@ def test_truncated_input_is_one_line(
 def test_inputs_of_other_parameters_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     values = pipeline.values()
     with pytest.raises(FoLoRAError, match=r"proxy/0\.parquet: made with proxy "):
-        train(pipeline, LORA, tmp_path / "run", proxy=values["proxy"] | {"temperature": 0.5})
+        train(
+            pipeline,
+            LORA,
+            tmp_path / "run",
+            proxy=values["proxy"] | {"sources": {"sampled": {"kind": "sampled", "temperature": 0.5}}},
+        )
     task = values["tasks"]["subtraction"] | {"max_length": 31}
     with pytest.raises(FoLoRAError, match=r"task/subtraction\.parquet: made with task "):
         train(pipeline, LORA, tmp_path / "run", tasks={"subtraction": task})

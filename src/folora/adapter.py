@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
+    from folora.covariance import CountedText
+    from folora.moments import Moments
     from folora.pencil import Spectrum
 
 NAME = "default"  # PEFT's name of the only adapter of a model
@@ -47,7 +49,8 @@ class Context:
         alpha: s = alpha / r.
         spectrum: basis, eigenvalues and moments of every layer input.
         base: where the model comes from.
-        proxy: token ids of the text sampled from the base model, BOS first.
+        proxy: token ids of the text that stands for the pretraining data, BOS first.
+        task: the text that the utility is taken over.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class Context:
     spectrum: Spectrum
     base: Base
     proxy: list[list[int]]
+    task: CountedText
 
 
 class AdaptedModel(ABC):
@@ -64,12 +68,14 @@ class AdaptedModel(ABC):
         model: what the Trainer trains.
         groups: the adapted layers by the input they read.
         regulariser: a scalar that joins the loss of every step, or None.
+        task: the text that the utility is taken over, for methods that measure it again.
     """
 
     def __init__(self, model: Any, groups: list[LayerGroup]) -> None:
         self.model = model
         self.groups = groups
         self.regulariser: Callable[[], Tensor] | None = None
+        self.task: CountedText | None = None
 
     @property
     def layers(self) -> list[Any]:
@@ -95,6 +101,16 @@ class AdaptedModel(ABC):
             logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         self.model.train(training)
         return logits
+
+    @torch.no_grad()
+    def task_moments(self) -> Moments:
+        """Second moments of the layer inputs over the task's text, by the first layer of each group."""
+        assert self.task is not None, "set by the method that asks"
+        training = self.model.training
+        self.model.eval()
+        moments = self.task.moments(self.model, {g.layers[0].name: self.linear(g.layers[0]) for g in self.groups})
+        self.model.train(training)
+        return moments
 
     @property
     def scalable(self) -> bool:

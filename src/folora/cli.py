@@ -97,20 +97,35 @@ def task(
 
 @app.command(rich_help_panel="Stages")
 def proxy(
-    shard: Annotated[str, typer.Argument(help="Number of the shard, or `heldout`.")],
+    source: Annotated[str, typer.Argument(help="Entry of proxy.sources in params.yaml.")],
+    shard: Annotated[int, typer.Argument(min=0, help="Number of the shard.")],
     foundation: Foundation,
     output: Output,
     threads: Threads,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
-    """Sample text from the base model."""
+    """Sample text from the base model, or take other text in its place."""
+    params = _prepare(params_file, output, threads)
+    _entry(params.proxy.sources, source, "proxy.sources")
+    from folora.base import open_base
+    from folora.proxy import generate_proxy
+
+    generate_proxy(params.proxy, source, str(shard), open_base(foundation), output)
+
+
+@app.command(rich_help_panel="Stages")
+def heldout(
+    foundation: Foundation,
+    output: Output,
+    threads: Threads,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Sample the text from the base model that measures KL and perplexity."""
     params = _prepare(params_file, output, threads)
     from folora.base import open_base
-    from folora.proxy import HELDOUT, generate_proxy
+    from folora.proxy import generate_heldout
 
-    if shard != HELDOUT and not shard.isdecimal():
-        raise FoLoRAError(f"proxy: the shard {shard!r} is neither a number nor {HELDOUT!r}")
-    generate_proxy(params.proxy, shard, open_base(foundation), output)
+    generate_heldout(params.proxy, open_base(foundation), output)
 
 
 @app.command(rich_help_panel="Stages")
@@ -132,8 +147,9 @@ def covariance(
 @app.command(rich_help_panel="Stages")
 def spectrum(
     task: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
+    source: Annotated[str, typer.Argument(help="Entry of proxy.sources in params.yaml.")],
     foundation: Foundation,
-    proxy_moments: Annotated[Path, typer.Option(help="Folder with the covariance of every proxy shard.")],
+    proxy_moments: Annotated[Path, typer.Option(help="Folder with the covariance of every shard of the source.")],
     task_moments: Annotated[Path, typer.Option(help="Covariance of the task.")],
     output: Output,
     threads: Threads,
@@ -145,7 +161,8 @@ def spectrum(
     from folora.spectrum import compute_spectrum
 
     _entry(params.tasks, task, "tasks")
-    compute_spectrum(params, task, open_base(foundation), proxy_moments, task_moments, output)
+    _entry(params.proxy.sources, source, "proxy.sources")
+    compute_spectrum(params, task, source, open_base(foundation), proxy_moments, task_moments, output)
 
 
 @app.command(rich_help_panel="Stages")
@@ -153,7 +170,7 @@ def train(
     run: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
     foundation: Foundation,
     task_rows: Annotated[Path, typer.Option(help="Parquet of the task stage.")],
-    proxy: Annotated[Path, typer.Option(help="Folder with the proxy shards.")],
+    proxy: Annotated[Path, typer.Option(help="Folder with the shards of the run's proxy source.")],
     heldout: Heldout,
     spectrum: Annotated[Path, typer.Option(help="Output of the spectrum stage.")],
     output: Output,
@@ -211,7 +228,7 @@ def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,
     runs: Annotated[Path | None, typer.Option(help="Folder with every run: for training curves.")] = None,
-    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectrum of every task.")] = None,
+    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectra, TASK/SOURCE.safetensors.")] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Draw the comparison and print its summary."""

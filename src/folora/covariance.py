@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from folora.storage import digest_of_file, read_table, read_tensors, write_tenso
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from folora.base import Base
     from folora.params import Params
@@ -44,41 +45,65 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
 
     if not token_ids:
         raise FoLoRAError(f"{rows}: holds no rows: run the stage that makes it again")
+    text = CountedText(token_ids, loss_masks, positions, settings.batch_size, base.load_tokenizer().pad_token_id)
     model = base.load_model()
-    padding = base.load_tokenizer().pad_token_id
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([token_ids[0]]))
-    with torch.inference_mode(), collect({leader: layers[leader] for leader in groups}) as collector:
-        for input_ids, mask, numbers in tqdm(batches(token_ids, settings.batch_size, padding), desc="covariance"):
-            collector.select(mask & _counted(positions, mask, loss_masks, numbers))
-            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    if not collector.moments.tokens:
+    moments = text.moments(model, {leader: layers[leader] for leader in groups})
+    if not moments.tokens:
         raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
     write_tensors(
         output,
-        _stored(collector.moments),
+        _stored(moments),
         {
             "artefact": "covariance",
             **base.identity,
             "rows": digest_of_file(rows),
             **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
             "positions": positions,
-            "tokens": collector.moments.tokens,
+            "tokens": moments.tokens,
             "groups": groups,
         },
     )
 
 
-def _counted(positions: str, mask: Tensor, loss_masks: list[list[bool]] | None, numbers: range) -> Tensor:
-    counted = torch.ones_like(mask)
-    if positions == "without_first":
-        counted[:, 0] = False
-    elif positions == "response":
-        assert loss_masks is not None, "params.py allows response positions for the task only"
-        length = mask.shape[1]
-        padded = [loss_masks[n] + [False] * (length - len(loss_masks[n])) for n in numbers]
-        counted = torch.tensor(padded)
-    return counted
+@dataclass(frozen=True)
+class CountedText:
+    """Rows of tokens, and which of their positions count in a moment.
+
+    Attributes:
+        token_ids: rows of any length.
+        loss_masks: true on the response, a row each; None for text without one.
+        positions: ``all``, ``without_first`` or ``response``.
+        batch_size: rows a forward pass.
+        padding: token id.
+    """
+
+    token_ids: list[list[int]]
+    loss_masks: list[list[bool]] | None
+    positions: str
+    batch_size: int
+    padding: int
+
+    @torch.no_grad()
+    def moments(self, model: Any, layers: dict[str, nn.Linear]) -> Moments:
+        """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text."""
+        with collect(layers) as collector:
+            for input_ids, mask, rows in tqdm(batches(self.token_ids, self.batch_size, self.padding), "covariance"):
+                collector.select(mask & self._counted(mask, rows))
+                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        return collector.moments
+
+    def _counted(self, mask: Tensor, rows: range) -> Tensor:
+        counted = torch.ones_like(mask)
+        if self.positions == "without_first":
+            counted[:, 0] = False
+        elif self.positions == "response":
+            assert self.loss_masks is not None, "params.py allows response positions for the task only"
+            length = mask.shape[1]
+            padded = [self.loss_masks[row] + [False] * (length - len(self.loss_masks[row])) for row in rows]
+            counted = torch.tensor(padded)
+        return counted
 
 
 FOURTH = "fourth/"  # what the names of the scalars Σ ‖x‖⁴ begin with

@@ -30,6 +30,6 @@ def describe(error: ValidationError) -> str:
 def _key(location: tuple[int | str, ...]) -> str:
     """The dotted key of a location, without what pydantic adds for the members of a union."""
     # the section or key with a union, and where its member's name stands
-    members = {("foundation", 1), ("adapter", 2), ("spectrum", 2), ("tau", 1), ("shrinkage", 1)}
+    members = {("foundation", 1), ("proxy", 3), ("adapter", 2), ("spectrum", 2), ("tau", 1), ("shrinkage", 1)}
     parts = [part for position, part in enumerate(location) if (location[0], position) not in members]
     return ".".join(map(str, parts))

@@ -52,8 +52,8 @@ class Evaluator:
     """Measures models on tasks and held-out text; the base model's part is computed once."""
 
     def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
-        settings = params.proxy.model_dump(exclude={"shards"})
-        table, _ = read_table(heldout, artefact="proxy", **base.identity, proxy=settings, shard=HELDOUT)
+        settings = params.proxy.heldout_sampling()
+        table, _ = read_table(heldout, artefact="proxy", **base.identity, shard=HELDOUT, proxy=settings)
         self.base = base
         self.tokenizer = base.load_tokenizer()
         self.model = base.load_model()

@@ -86,15 +86,40 @@ class Task(Section):
     validation: Annotated[Name, Field(description="the same on the validation split: chooses the learning rate")]
 
 
-class Proxy(Section):
+class SampledSource(Section):
     """Text sampled from the base model itself."""
 
+    kind: Literal["sampled"]
+    temperature: Annotated[float, Field(gt=0, le=10, description="divides the logits; 1 is the model's distribution")]
+
+
+class CorpusSource(Section):
+    """Rows of one data set."""
+
+    kind: Literal["corpus"]
+    dataset: Annotated[str, Field(description="in proxy.corpora: a folder with a train file, or a file, as for tasks")]
+    text: Annotated[str, Field(description="Jinja template over the columns of a row")]
+
+
+class RandomSource(Section):
+    """Tokens drawn uniformly from the vocabulary, special tokens left out."""
+
+    kind: Literal["random"]
+
+
+Source = Annotated[SampledSource | CorpusSource | RandomSource, Field(discriminator="kind")]
+
+
+class Proxy(Section):
+    """Text that stands in for the pretraining data."""
+
     seed: Seed
+    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    corpora: Annotated[str, Field(description="folder with the data sets of corpus sources")]
     shards: Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
-    sequences: Annotated[int, Field(ge=1, description="sampled sequences per shard")]
-    heldout_sequences: Annotated[int, Field(ge=1, description="sampled sequences that measure KL and perplexity")]
+    sequences: Annotated[int, Field(ge=1, description="per shard")]
+    heldout_sequences: Annotated[int, Field(ge=1, description="sampled at temperature 1, to measure KL and perplexity")]
     max_length: Annotated[int, Field(ge=2, le=131072, description="tokens per sequence, BOS included")]
-    temperature: Annotated[float, Field(gt=0, le=10)]
     batch_size: Count
 
     @field_validator("shards")
@@ -103,6 +128,17 @@ class Proxy(Section):
         if len(set(shards)) != len(shards):
             raise ValueError("a shard is listed twice")
         return shards
+
+    def sampling(self, source: str) -> dict[str, Any]:
+        """What the text of a source depends on, beside the base model and the shard's number."""
+        return {
+            "source": self.sources[source].model_dump(),
+            **self.model_dump(include={"seed", "sequences", "max_length", "batch_size"}),
+        }
+
+    def heldout_sampling(self) -> dict[str, Any]:
+        """The same of the held-out text."""
+        return self.model_dump(include={"seed", "heldout_sequences", "max_length", "batch_size"})
 
 
 class Covariance(Section):
@@ -139,9 +175,10 @@ class Train(Section):
 
 
 class Run(Section):
-    """One training run: a method on a task at a learning rate, with a seed."""
+    """One training run: a method on a task, with the text that stands for the pretraining data, a rate and a seed."""
 
     task: Name
+    proxy: Annotated[Name, Field(description="entry of proxy.sources")]
     method: Name
     learning_rate: Rate
     seed: Seed
@@ -209,11 +246,17 @@ class Params(Section):
         for name, run in self.runs.items():
             if run.task not in self.tasks:
                 raise ValueError(f"runs.{name}.task: {run.task!r} is not one of tasks: {', '.join(self.tasks)}")
+            if run.proxy not in self.proxy.sources:
+                known = ", ".join(self.proxy.sources)
+                raise ValueError(f"runs.{name}.proxy: {run.proxy!r} is not one of proxy.sources: {known}")
             if run.method not in self.methods:
                 raise ValueError(f"runs.{name}.method: {run.method!r} is not one of methods: {', '.join(self.methods)}")
         for name in self.methods:
-            if not self.runs_of(name):
+            runs = self.runs_of(name)
+            if not runs:
                 raise ValueError(f"methods.{name}: no entry of runs uses it: add a run or remove the method")
+            if len({run.proxy for run in runs.values()}) > 1:
+                raise ValueError(f"methods.{name}: its runs differ in proxy: give each source a method of its own")
         if self.report.reference not in self.methods:
             raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
         return self

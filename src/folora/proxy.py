@@ -1,59 +1,87 @@
-"""The proxy stage: text sampled from the base model, the stand-in for the pretraining data nobody has.
+"""The proxy and heldout stages: text that stands in for the pretraining data nobody has.
 
-Each sequence starts from BOS and is sampled at the stated temperature from the full distribution: an unbiased
-sample. A sequence's random numbers come from (seed, shard, index) alone, so shards can be computed in any order and
-in any batches.
+The text is sampled from the base model: each sequence starts from BOS and is drawn at the stated temperature from the
+full distribution, at temperature 1 an unbiased sample. Rows of a corpus and random tokens can take its place, for
+comparison. A sequence's random numbers come from (seed, shard, index) alone, so shards can be computed in any order
+and in any batches.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from folora.params import CorpusSource, SampledSource
 from folora.storage import write_table
+from folora.task import read_rows, render
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
     from folora.base import Base
     from folora.params import Proxy
 
-HELDOUT = "heldout"
+HELDOUT = "heldout"  # stands for the shard in the manifest and in the seeds
 
 
 @dataclass
 class Sample:
-    """One sampled sequence: token ids (BOS first), a log-probability per sampled token, and why it ended."""
+    """One sequence: token ids (BOS first), a log-probability per sampled token, and whether it ended by itself."""
 
     token_ids: list[int]
     logprobs: list[float]
     finished: bool
 
 
-def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> None:
-    """Sample one shard and write it as Parquet; the shard ``heldout`` measures KL and perplexity.
+Draw = Callable[[Tensor], list[Sample]]  # uniform numbers (batch, steps) to as many sequences
+
+
+def generate_proxy(settings: Proxy, source: str, shard: str, base: Base, output: Path) -> None:
+    """Write one shard of a source as Parquet.
+
+    Raises:
+        FoLoRAError: the sequences are longer than the model's context, or the corpus is not as declared.
+    """
+    chosen = settings.sources[source]
+    if isinstance(chosen, SampledSource):
+        draw = _from_model(base, chosen.temperature)
+    elif isinstance(chosen, CorpusSource):
+        draw = _from_corpus(base, chosen, Path(settings.corpora))
+    else:
+        draw = _from_vocabulary(base)
+    manifest = {"proxy": settings.sampling(source), "shard": shard}
+    _write(settings, shard, settings.sequences, base, draw, output, manifest)
+
+
+def generate_heldout(settings: Proxy, base: Base, output: Path) -> None:
+    """Write the held-out text that measures KL and perplexity: the base model's own, at temperature 1.
 
     Raises:
         FoLoRAError: the sequences are longer than the model's context.
     """
+    manifest = {"proxy": settings.heldout_sampling(), "shard": HELDOUT}
+    _write(settings, HELDOUT, settings.heldout_sequences, base, _from_model(base, 1.0), output, manifest)
+
+
+def _write(
+    settings: Proxy, shard: str, count: int, base: Base, draw: Draw, output: Path, manifest: dict[str, Any]
+) -> None:
     import pyarrow as pa
 
     base.check_length(settings.max_length, "proxy.max_length")
-    model, tokenizer = base.load_model(), base.load_tokenizer()
-    count = settings.heldout_sequences if shard == HELDOUT else settings.sequences
+    tokenizer = base.load_tokenizer()
     seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
     samples: list[Sample] = []
     for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
-        uniforms = uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1)
-        samples += sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, settings.temperature)
+        samples += draw(uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1))
     table = pa.table(
         {
             "index": pa.array(range(count), pa.int32()),
@@ -64,8 +92,37 @@ def generate_proxy(settings: Proxy, shard: str, base: Base, output: Path) -> Non
             "finish_reason": ["stop" if one.finished else "length" for one in samples],
         }
     )
-    manifest = {"artefact": "proxy", **base.identity, "proxy": settings.model_dump(exclude={"shards"}), "shard": shard}
-    write_table(output, table, manifest)
+    write_table(output, table, {"artefact": "proxy", **base.identity, **manifest})
+
+
+def _from_model(base: Base, temperature: float) -> Draw:
+    model, tokenizer = base.load_model(), base.load_tokenizer()
+    return lambda uniforms: sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, temperature)
+
+
+def _from_corpus(base: Base, source: CorpusSource, corpora: Path) -> Draw:
+    """Rows drawn with replacement, each by the first of its sequence's numbers, and cut where they are too long."""
+    tokenizer = base.load_tokenizer()
+    dataset = str(corpora / source.dataset)
+    texts = [text for (text,) in render(read_rows(dataset), [source.text], dataset)]
+
+    def draw(uniforms: Tensor) -> list[Sample]:
+        rows = []
+        for number in (uniforms[:, 0] * len(texts)).long().tolist():
+            ids = [*tokenizer(texts[number], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            rows.append([tokenizer.bos_token_id, *ids[: uniforms.shape[1]]])
+        return [Sample(ids, [], finished=ids[-1] == tokenizer.eos_token_id) for ids in rows]
+
+    return draw
+
+
+def _from_vocabulary(base: Base) -> Draw:
+    tokenizer = base.load_tokenizer()
+    words = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    bos = tokenizer.bos_token_id
+    return lambda uniforms: [
+        Sample([bos, *ids], [], finished=False) for ids in words[(uniforms * len(words)).long()].tolist()
+    ]
 
 
 def sequence_seed(seed: int, shard: str, index: int) -> int:

@@ -26,13 +26,15 @@ if TYPE_CHECKING:
 STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
 
 
-def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, task_path: Path, output: Path) -> None:
-    """Reduce the proxy shards, solve the pencil of every layer input against the task and write the spectrum.
+def compute_spectrum(
+    params: Params, task: str, source: str, base: Base, proxy_folder: Path, task_path: Path, output: Path
+) -> None:
+    """Reduce a source's shards, solve the pencil of every layer input against the task and write the spectrum.
 
     Raises:
         FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable.
     """
-    proxy_settings = params.proxy.model_dump(exclude={"shards"})
+    proxy_settings = params.proxy.sampling(source)
     shards = [(proxy_folder / f"{shard}.safetensors", {"shard": str(shard)}) for shard in params.proxy.shards]
     proxy, groups = read_moments(
         shards, **base.identity, proxy=proxy_settings, positions=params.covariance.proxy_positions
@@ -58,6 +60,7 @@ def compute_spectrum(params: Params, task: str, base: Base, proxy_folder: Path, 
         "artefact": "spectrum",
         **base.identity,
         "task": params.tasks[task].model_dump(),
+        "proxy": proxy_settings,
         "spectrum": params.spectrum.model_dump(),
         "groups": groups,
         "proxy_tokens": proxy.tokens,

@@ -88,6 +88,19 @@ def _load(path: Path) -> Dataset:
 
 def tokenise(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[bool]]]:
     """Render and tokenise every row: token ids and loss mask, both of the row's length."""
+    texts = render(rows, [settings.prompt, settings.response], settings.dataset)
+    return [
+        _tokenise_row(number, prompt, response, settings.max_length, tokenizer)
+        for number, (prompt, response) in enumerate(texts)
+    ]
+
+
+def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:
+    """The text of every template for every row; ``source`` names the data set in errors.
+
+    Raises:
+        FoLoRAError: a template is not valid, or a row lacks a value for it.
+    """
     from jinja2 import StrictUndefined, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -96,17 +109,16 @@ def tokenise(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) 
     )
     number = 0
     try:
-        prompt, response = environment.from_string(settings.prompt), environment.from_string(settings.response)
-        tokenised = []
-        for number, row in enumerate(rows):
-            texts = prompt.render(row), response.render(row)
-            tokenised.append(_tokenise_row(number, *texts, settings.max_length, tokenizer))
+        compiled = [environment.from_string(template) for template in templates]
+        rendered = []
+        for number, row in enumerate(rows):  # noqa: B007 - the error names it
+            rendered.append([template.render(row) for template in compiled])
     except (TemplateError, TypeError, ValueError) as error:
         columns = ", ".join(rows.column_names)
         raise FoLoRAError(
-            f"{settings.dataset}, row {number}: {error}: mend tasks.*.prompt or response; the columns are {columns}"
+            f"{source}, row {number}: {error}: mend the template in params.yaml; the columns are {columns}"
         ) from error
-    return tokenised
+    return rendered
 
 
 def _refuse_missing(value: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
 from folora.adapter import AdaptedModel, Context
+from folora.covariance import CountedText
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.objective import Objective
@@ -67,10 +68,11 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     run = params.runs[name]
     manifest = run_manifest(params, name, base, inputs)
     task_rows = read_task_rows(params, run, base, inputs.task)
+    sampling = params.proxy.sampling(run.proxy)
     shards = _proxy_shards(params, inputs).items()
-    proxy = [ids for shard, path in shards for ids in _proxy_ids(params, base, path, shard)]
-    spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump())
-    heldout = _proxy_ids(params, base, inputs.heldout, HELDOUT)
+    proxy = [ids for shard, path in shards for ids in _proxy_ids(base, path, shard=shard, proxy=sampling)]
+    spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump(), proxy=sampling)
+    heldout = _proxy_ids(base, inputs.heldout, shard=HELDOUT, proxy=params.proxy.heldout_sampling())
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
@@ -79,7 +81,15 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
-    adapted = method.adapt(bare, Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy))
+    task_text = CountedText(
+        [row["input_ids"] for row in task_rows],
+        [[label != IGNORED for label in row["labels"]] for row in task_rows],
+        params.covariance.task_positions,
+        params.covariance.batch_size,
+        tokenizer.pad_token_id,
+    )
+    context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, task_text)
+    adapted = method.adapt(bare, context)
     if method.kl_budget and not adapted.scalable:
         key = f"methods.{run.method}.kl_budget"
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
@@ -120,9 +130,8 @@ def _proxy_shards(params: Params, inputs: TrainInputs) -> dict[str, Path]:
     return {str(shard): inputs.proxy / f"{shard}.parquet" for shard in params.proxy.shards}
 
 
-def _proxy_ids(params: Params, base: Base, path: Path, shard: str) -> list[list[int]]:
-    settings = params.proxy.model_dump(exclude={"shards"})
-    table, _ = read_table(path, artefact="proxy", **base.identity, proxy=settings, shard=shard)
+def _proxy_ids(base: Base, path: Path, **expected: object) -> list[list[int]]:
+    table, _ = read_table(path, artefact="proxy", **base.identity, **expected)
     return table["token_ids"].to_pylist()
 
 

@@ -159,15 +159,15 @@ def every_item(skill: Skill) -> list[dict[str, str]]:
 def write_world(world: World, output: Path) -> None:
     """Write the data of every skill as JSON lines, and an evaluation task for each.
 
-    ``output`` gets ``SKILL/test.jsonl`` for every skill, ``train.jsonl`` and ``validation.jsonl`` for the targets,
-    and in ``evaluation/`` one lm-evaluation-harness task a file, whose data files are relative to ``output``.
+    ``output`` gets ``SKILL/test.jsonl`` and ``train.jsonl`` for every skill, ``validation.jsonl`` for the targets, and
+    in ``evaluation/`` one lm-evaluation-harness task a file, whose data files are relative to ``output``.
     """
     with publish(output) as folder:
         (folder / "evaluation").mkdir(parents=True)
         for skill in build_skills(world).values():
-            counts = {"test": world.test_items}
+            counts = {"test": world.test_items, "train": ALL_ITEMS}
             if skill.is_target:
-                counts |= {"train": ALL_ITEMS, "validation": world.test_items}
+                counts["validation"] = world.test_items
             (folder / skill.name).mkdir()
             for split, count in counts.items():
                 items = skill.distinct_items(split, count, random.Random(split))

@@ -18,11 +18,11 @@ from folora.methods.gated import GatedMethod
 from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
+    from transformers import PreTrainedModel
 
-    from folora.adapter import AdaptedModel
-    from folora.deltas import LayerGroup, LoRALayer
+    from folora.adapter import AdaptedModel, Context
+    from folora.deltas import LayerGroup
     from folora.optimizer import GatedAdam
 
 
@@ -93,6 +93,8 @@ class FoLoRA(SpectralMethod):
         gate_b: whether B is trained by plain AdamW (off), each column gated by the λ of its row of A (diag), or in
             the r × r pencil of A's rows (full).
         refresh_b: steps between two readings of the λ of B's columns.
+        refresh_utility: steps between two measurements of C_t on the adapted model, after each of which A's
+            coordinates are solved again; null keeps those of the base model.
         freeze_a: leave A at its start.
     """
 
@@ -110,7 +112,14 @@ class FoLoRA(SpectralMethod):
     gate_a: bool = True
     gate_b: Literal["off", "diag", "full"] = "off"
     refresh_b: Annotated[int, Field(ge=1)] = 10
+    refresh_utility: Annotated[int, Field(ge=1)] | None = None
     freeze_a: bool = False
+
+    @model_validator(mode="after")
+    def _refresh_has_coordinates(self) -> FoLoRA:
+        if self.refresh_utility is not None and (self.freeze_a or not self.gate_a):
+            raise ValueError("refresh_utility goes with a gated A in training: remove it, or freeze_a and gate_a")
+        return self
 
     @model_validator(mode="after")
     def _filter_is_the_pencils(self) -> FoLoRA:
@@ -179,57 +188,22 @@ class FoLoRA(SpectralMethod):
         each_b = [of_b] if self.gate_b == "off" else [{"params": [B]} for B in of_b["params"]]
         return each_b if self.freeze_a else [*of_a, *each_b]
 
+    def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        adapted = super().adapt(model, context)
+        adapted.task = context.task
+        return adapted
+
     def optimizer(self, adapted: AdaptedModel, learning_rate: float) -> GatedAdam:
+        from folora.refresh import ColumnGates, UtilityRefresh
+
         optimizer = super().optimizer(adapted, learning_rate)
+        if self.refresh_utility is not None:
+            optimizer.register_step_pre_hook(UtilityRefresh(self, adapted))
         if self.gate_b != "off":
             pairs = [(layer, group) for group in adapted.groups for layer in group.layers]
             first = len(optimizer.coordinates) - len(pairs)
             optimizer.register_step_pre_hook(ColumnGates(self, pairs, first))
         return optimizer
-
-
-class ColumnGates:
-    """Reads the λ of A's rows every few steps and gates the columns of B by them; a pre-hook of the optimizer.
-
-    ``diag``: column j has λ_j = (a_j C_t a_jᵀ) / (a_j C_p a_jᵀ). ``full``: the r × r pencil (A C_t Aᵀ, A C_p Aᵀ) gives
-    coordinates for B's columns as well; at a refresh Adam's mean is carried over, its square is kept as it is, as SOAP
-    (arXiv 2409.11321) does, since it has no exact transport.
-    """
-
-    def __init__(self, method: FoLoRA, pairs: list[tuple[LoRALayer, LayerGroup]], first: int) -> None:
-        self._method, self._pairs, self._first = method, pairs, first
-        self._steps = 0
-
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        import torch
-
-        if self._steps % self._method.refresh_b == 0:
-            with torch.no_grad():
-                for position, (layer, group) in enumerate(self._pairs):
-                    self._refresh(optimizer, self._first + position, layer, group)
-        self._steps += 1
-
-    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, group: LayerGroup) -> None:
-        import torch
-
-        penalty, utility = self._method.moments(group)
-        A = layer.A.double()
-        coordinates = optimizer.coordinates[position]
-        if self._method.gate_b == "diag":
-            rows = (A @ utility * A).sum(1) / (A @ penalty * A).sum(1)
-            coordinates.gate = self._method.gates_of(rows).float()
-            return
-        from folora.pencil import solve
-
-        penalty, utility = A @ penalty @ A.mT, A @ utility @ A.mT
-        pencil = solve(penalty, utility, shrinkage=1e-6, name=layer.name)
-        eigenvalues = pencil.eigenvalues * (utility.trace() / penalty.trace())  # solve takes both traces out
-        state = optimizer.state.get(layer.B)
-        if state and coordinates.basis is not None:
-            # the mean of a gradient G V_old becomes that of G V_new
-            transport = torch.linalg.solve(coordinates.basis.double(), pencil.basis).float()
-            state["exp_avg"] = state["exp_avg"] @ transport
-        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(eigenvalues).float()
 
 
 def spectral_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:

@@ -78,7 +78,8 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
     if missing:
         raise FoLoRAError(f"{evaluations}: no result of {min(missing)}: run `dvc repro` for what is missing")
     folders = {name: runs / run.method / name for name, run in params.runs.items()} if runs else {}
-    files = {name: spectra / f"{name}.safetensors" for name in sorted(adaptations)} if spectra else {}
+    source = next(iter(params.proxy.sources))  # the first is the one that is shown
+    files = {name: spectra / name / f"{source}.safetensors" for name in sorted(adaptations)} if spectra else {}
     return Inputs(
         evaluations=evaluations,
         runs=runs,

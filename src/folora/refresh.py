@@ -1,0 +1,97 @@
+"""Coordinates that follow the training: read again every few steps, by pre-hooks of the optimizer.
+
+When coordinates change, Adam's mean is carried over; its square is kept as it is, as SOAP (arXiv 2409.11321) does,
+since it has no exact transport.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from folora.deltas import LayerGroup
+from folora.optimizer import Coordinates
+from folora.pencil import solve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from folora.adapter import AdaptedModel
+    from folora.deltas import LoRALayer
+    from folora.methods.folora import FoLoRA
+
+
+def carry_over(optimizer: Any, parameters: list[Tensor], old: Tensor | None, new: Tensor | None) -> None:
+    """Make the mean of the gradients G V_old that of G V_new, for parameters that share (d, d) bases."""
+    if old is None or new is None:
+        return
+    transport = torch.linalg.solve(old.double(), new.double()).float()
+    for state in (optimizer.state.get(parameter) for parameter in parameters):
+        if state:
+            state["exp_avg"] = state["exp_avg"] @ transport
+
+
+class UtilityRefresh:
+    """Measures C_t on the adapted model and solves A's coordinates again: its layer inputs move while it learns."""
+
+    def __init__(self, method: FoLoRA, adapted: AdaptedModel) -> None:
+        self._method, self._adapted = method, adapted
+        self._steps = 0
+
+    @torch.no_grad()
+    def __call__(self, optimizer: Any, *_: Any) -> None:
+        assert self._method.refresh_utility, "the hook is for methods that refresh"
+        if self._steps and self._steps % self._method.refresh_utility == 0:
+            self._refresh(optimizer)
+        self._steps += 1
+
+    def _refresh(self, optimizer: Any) -> None:
+        groups = self._adapted.groups
+        moments = self._adapted.task_moments()
+        for position, group in enumerate(groups):
+            old = optimizer.coordinates[position]
+            new = Coordinates(**self._method.coordinates(LayerGroup(group.layers, self._solved(group, moments))))
+            carry_over(optimizer, optimizer.param_groups[position]["params"], old.basis, new.basis)
+            optimizer.coordinates[position] = new
+
+    @staticmethod
+    def _solved(group: LayerGroup, moments: Any) -> Any:
+        name, old = group.layers[0].name, group.spectrum
+        utility = moments.mean(name)
+        pencil = solve(old.penalty, utility, shrinkage=old.shrinkage, name=name)
+        return replace(old, basis=pencil.basis.float(), eigenvalues=pencil.eigenvalues, utility=utility.float())
+
+
+class ColumnGates:
+    """Reads the λ of A's rows every few steps and gates the columns of B by them; a pre-hook of the optimizer.
+
+    ``diag``: column j has λ_j = (a_j C_t a_jᵀ) / (a_j C_p a_jᵀ). ``full``: the r × r pencil (A C_t Aᵀ, A C_p Aᵀ) gives
+    coordinates for B's columns as well.
+    """
+
+    def __init__(self, method: FoLoRA, pairs: list[tuple[LoRALayer, LayerGroup]], first: int) -> None:
+        self._method, self._pairs, self._first = method, pairs, first
+        self._steps = 0
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._steps % self._method.refresh_b == 0:
+            with torch.no_grad():
+                for position, (layer, group) in enumerate(self._pairs):
+                    self._refresh(optimizer, self._first + position, layer, group)
+        self._steps += 1
+
+    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, group: LayerGroup) -> None:
+        penalty, utility = self._method.moments(group)
+        A = layer.A.double()
+        coordinates = optimizer.coordinates[position]
+        if self._method.gate_b == "diag":
+            rows = (A @ utility * A).sum(1) / (A @ penalty * A).sum(1)
+            coordinates.gate = self._method.gates_of(rows).float()
+            return
+        penalty, utility = A @ penalty @ A.mT, A @ utility @ A.mT
+        pencil = solve(penalty, utility, shrinkage=1e-6, name=layer.name)
+        eigenvalues = pencil.eigenvalues * (utility.trace() / penalty.trace())  # solve takes both traces out
+        carry_over(optimizer, [layer.B], coordinates.basis, pencil.basis)
+        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(eigenvalues).float()
