@@ -152,7 +152,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
 def full(tmp_path_factory: pytest.TempPathFactory, pipeline: Pipeline, runs: Path, evaluations: Path) -> Path:
     """The report of the tiny pipeline, with every section."""
     folder = tmp_path_factory.mktemp("full") / "report"
-    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectrum.parent)
+    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectrum.parent.parent)
     return folder
 
 
@@ -355,7 +355,7 @@ def test_another_process_writes_the_same_bytes_and_imports_no_torch(
         "evaluations, output, runs, spectra = map(Path, sys.argv[2:])\n"
         "write_report(params, evaluations, output, runs=runs, spectra=spectra)\n"
     )
-    paths = (save_params(pipeline.values()), evaluations, tmp_path / "report", runs, pipeline.spectrum.parent)
+    paths = (save_params(pipeline.values()), evaluations, tmp_path / "report", runs, pipeline.spectrum.parent.parent)
     command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -416,10 +416,11 @@ def test_missing_run_folder_or_spectrum_is_named(
     shutil.copytree(runs / "lora", tmp_path / "runs" / "lora")
     with pytest.raises(FoLoRAError, match=r"folora-replay-1e-2-s0/manifest\.json: not found"):
         write_report(pipeline.params, evaluations, tmp_path / "report", runs=tmp_path / "runs")
-    with pytest.raises(FoLoRAError, match=r"subtraction\.safetensors: not found"):
+    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: not found"):
         write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
-    (tmp_path / "subtraction.safetensors").write_bytes(pipeline.spectrum.read_bytes()[:-5])
-    with pytest.raises(FoLoRAError, match=r"subtraction\.safetensors: damaged or truncated"):
+    (tmp_path / "subtraction").mkdir()
+    (tmp_path / "subtraction" / "sampled.safetensors").write_bytes(pipeline.spectrum.read_bytes()[:-5])
+    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: damaged or truncated"):
         write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
 
 

@@ -199,7 +199,13 @@ def test_manifest_names_what_the_run_is_made_of(pipeline: Pipeline, runs: Path, 
 
 
 @pytest.mark.parametrize(
-    "damaged", ["spectrum/subtraction.safetensors", "task/subtraction.parquet", "proxy/1.parquet", "heldout.parquet"]
+    "damaged",
+    [
+        "spectrum/subtraction/sampled.safetensors",
+        "task/subtraction.parquet",
+        "proxy/sampled/1.parquet",
+        "heldout.parquet",
+    ],
 )
 def test_truncated_input_is_one_line(
     damaged: str, pipeline: Pipeline, save_params: SaveParams, tmp_path: Path, refused: Refused
@@ -215,7 +221,7 @@ def test_truncated_input_is_one_line(
 
 def test_inputs_of_other_parameters_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     values = pipeline.values()
-    with pytest.raises(FoLoRAError, match=r"proxy/0\.parquet: made with proxy "):
+    with pytest.raises(FoLoRAError, match=r"proxy/sampled/0\.parquet: made with proxy "):
         train(
             pipeline,
             LORA,

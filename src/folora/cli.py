@@ -8,16 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
 from folora.commands.cli import app as commands
+from folora.costs import keep_cost
 from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from folora.params import Params
 
 app = typer.Typer(
@@ -37,6 +41,17 @@ Heldout = Annotated[Path, typer.Option(help="Held-out proxy text.")]
 EvaluationTasks = Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")]
 
 T = TypeVar("T")
+
+
+def stage(command: Callable[..., float | None]) -> Callable[..., None]:
+    """Register the command of a stage and keep what it cost; train returns the seconds of a step."""
+
+    @wraps(command)
+    def measured(**options: Any) -> None:
+        step = command(**options)
+        keep_cost(command.__name__.replace("_", "-"), options["output"], step)
+
+    return app.command(rich_help_panel="Stages")(measured)
 
 
 @app.callback()
@@ -60,7 +75,7 @@ def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
     return params
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def foundation(
     world: Annotated[Path, typer.Option(help="Folder for the synthetic world's data and evaluation tasks.")],
     output: Output,
@@ -80,7 +95,7 @@ def foundation(
     write_world(params.world, world)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def task(
     name: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     foundation: Foundation,
@@ -95,7 +110,7 @@ def task(
     prepare_task(_entry(params.tasks, name, "tasks"), open_base(foundation), output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def proxy(
     source: Annotated[str, typer.Argument(help="Entry of proxy.sources in params.yaml.")],
     shard: Annotated[int, typer.Argument(min=0, help="Number of the shard.")],
@@ -113,7 +128,7 @@ def proxy(
     generate_proxy(params.proxy, source, str(shard), open_base(foundation), output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def heldout(
     foundation: Foundation,
     output: Output,
@@ -128,7 +143,7 @@ def heldout(
     generate_heldout(params.proxy, open_base(foundation), output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def covariance(
     foundation: Foundation,
     rows: Annotated[Path, typer.Option(help="Parquet of the task or the proxy stage.")],
@@ -144,7 +159,7 @@ def covariance(
     compute_covariance(params, open_base(foundation), rows, output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def spectrum(
     task: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     source: Annotated[str, typer.Argument(help="Entry of proxy.sources in params.yaml.")],
@@ -165,7 +180,7 @@ def spectrum(
     compute_spectrum(params, task, source, open_base(foundation), proxy_moments, task_moments, output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def train(
     run: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
     foundation: Foundation,
@@ -176,17 +191,17 @@ def train(
     output: Output,
     threads: Threads,
     params_file: ParamsFile = DEFAULT_PARAMS,
-) -> None:
+) -> float:
     """Train the adapter of one run."""
     params = _prepare(params_file, output, threads)
     _entry(params.runs, run, "runs")
     from folora.base import open_base
     from folora.train import TrainInputs, train_run
 
-    train_run(params, run, open_base(foundation), TrainInputs(task_rows, proxy, heldout, spectrum), output)
+    return train_run(params, run, open_base(foundation), TrainInputs(task_rows, proxy, heldout, spectrum), output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def evaluate_base(
     foundation: Foundation,
     tasks: EvaluationTasks,
@@ -203,7 +218,7 @@ def evaluate_base(
     evaluate_base(params, open_base(foundation), tasks, heldout, output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def evaluate(
     method: Annotated[str, typer.Argument(help="Entry of methods in params.yaml.")],
     foundation: Foundation,
@@ -223,7 +238,7 @@ def evaluate(
     evaluate_method(params, method, open_base(foundation), tasks, heldout, runs, output)
 
 
-@app.command(rich_help_panel="Stages")
+@stage
 def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,

@@ -59,8 +59,8 @@ class TrainInputs:
     spectrum: Path
 
 
-def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> None:
-    """Train one run and write its folder.
+def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float:
+    """Train one run and write its folder; returns the median seconds of an optimizer step.
 
     Raises:
         FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
@@ -107,6 +107,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         write_json(folder / MANIFEST_FILE, manifest)
         if peft_adapter(folder):
             log.adapter(folder / "adapter", rows.steps)
+    return recorder.step_seconds
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:

@@ -98,6 +98,20 @@ def compare(
         _print_table(["", first, second, "difference"], pair.rows())
 
 
+@app.command(rich_help_panel=PANEL, epilog="Example: folora cost --json")
+def cost(runs: Runs = RUNS, as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Show what the stages cost in this folder, and the step time and memory of each method against the reference."""
+    from folora.commands.cost import MethodCost, StageCost, costs_here
+    from folora.params import load_params
+
+    stages, methods = costs_here(load_params(params_file), runs)
+    if as_json:
+        _print_json({"stages": [vars(one) for one in stages], "methods": [vars(one) for one in methods]})
+    else:
+        _print_table(StageCost.HEAD, [one.cells() for one in stages])
+        _print_table(MethodCost.HEAD, [one.cells() for one in methods])
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")
 def pick(
     keep: Annotated[float, typer.Option(min=0, help="Least share of the base model's kept accuracy.")] = 0.95,

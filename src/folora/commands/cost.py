@@ -1,0 +1,103 @@
+"""What the stages and the methods cost, from the ledger of this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, ClassVar
+
+from folora.costs import LEDGER, Cost, read_costs
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.params import Params
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """All outputs of one stage together: seconds of wall and processor time, and the greatest memory in bytes."""
+
+    HEAD: ClassVar = ["stage", "outputs", "wall", "processor", "memory"]
+
+    stage: str
+    outputs: int
+    wall: float
+    cpu: float
+    peak: int
+
+    def cells(self) -> list[str]:
+        """Cells of a table."""
+        return [
+            self.stage,
+            str(self.outputs),
+            f"{self.wall:.0f} s",
+            f"{self.cpu:.0f} s",
+            f"{self.peak / MEBIBYTE:.0f} MiB",
+        ]
+
+
+@dataclass(frozen=True)
+class MethodCost:
+    """A method's training: seconds of a step and bytes of memory, means over its runs, and against the reference."""
+
+    HEAD: ClassVar = ["method", "runs", "step", "against", "memory", "against"]
+
+    method: str
+    runs: int
+    step: float
+    relative_step: float | None
+    peak: float
+    relative_peak: float | None
+
+    def cells(self) -> list[str]:
+        """Cells of a table."""
+        relative = ["–" if one is None else f"{one:.2f} ×" for one in (self.relative_step, self.relative_peak)]
+        memory = f"{self.peak / MEBIBYTE:.0f} MiB"
+        return [self.method, str(self.runs), f"{1000 * self.step:.1f} ms", relative[0], memory, relative[1]]
+
+
+def costs_here(params: Params, runs: Path) -> tuple[list[StageCost], list[MethodCost]]:
+    """What ran in this folder; methods without a run that was trained here are left out.
+
+    Raises:
+        FoLoRAError: nothing ran here.
+    """
+    costs = read_costs()
+    if not costs:
+        raise FoLoRAError(f"{LEDGER}: no stage has run in this folder: dvc repro, or look where it ran")
+    return _of_stages(costs), _of_methods(params, costs, runs)
+
+
+def _of_stages(costs: dict[str, Cost]) -> list[StageCost]:
+    stages: dict[str, list[Cost]] = {}
+    for cost in costs.values():
+        stages.setdefault(cost.stage, []).append(cost)
+    return [
+        StageCost(name, len(each), sum(c.wall for c in each), sum(c.cpu for c in each), max(c.peak for c in each))
+        for name, each in stages.items()
+    ]
+
+
+def _of_methods(params: Params, costs: dict[str, Cost], runs: Path) -> list[MethodCost]:
+    means = {}
+    for method in params.methods:
+        places = [(runs / method / name).as_posix() for name in params.runs_of(method)]
+        each = [costs[place] for place in places if place in costs]
+        if each:
+            means[method] = len(each), fmean(c.step or 0.0 for c in each), fmean(c.peak for c in each)
+    reference = means.get(params.report.reference)
+    return [
+        MethodCost(
+            method,
+            count,
+            step,
+            step / reference[1] if reference and reference[1] else None,
+            peak,
+            peak / reference[2] if reference else None,
+        )
+        for method, (count, step, peak) in means.items()
+    ]

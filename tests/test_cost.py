@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+from folora.cli import app
+from folora.commands.cost import costs_here
+from folora.costs import LEDGER, Cost, keep_cost, read_costs
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline, SaveParams
+
+    from folora.params import Tracking
+
+RUNS = {"lora": "lora-3e-3-s0", "folora-replay": "folora-replay-1e-2-s0"}
+
+
+def write(costs: list[Cost]) -> None:
+    LEDGER.parent.mkdir()
+    LEDGER.write_text("".join(json.dumps(vars(cost)) + "\n" for cost in costs))
+
+
+def place(method: str, runs: Path) -> str:
+    return f"{runs}/{method}/{RUNS[method]}"
+
+
+def test_a_finished_stage_keeps_its_cost(pipeline: Pipeline, save_params: SaveParams, in_tmp: Path) -> None:
+    options = ("--foundation", pipeline.foundation, "--params", save_params(pipeline.values()), "--output", "out/rows")
+    result = CliRunner().invoke(app, list(map(str, ("task", "subtraction", *options))))
+    assert result.exit_code == 0, result.output
+    cost = read_costs()["out/rows"]
+    process = psutil.Process()
+    times = process.cpu_times()
+    assert cost.stage == "task"
+    assert cost.step is None
+    assert cost.cpu == pytest.approx(times.user + times.system, rel=0.1)
+    assert cost.wall > 0
+    assert process.memory_info().rss / 4 < cost.peak < psutil.virtual_memory().total
+    assert in_tmp.joinpath("out/rows").exists()
+
+
+def test_the_last_cost_of_an_output_holds_and_broken_lines_are_passed_over(in_tmp: Path) -> None:
+    keep_cost("train", in_tmp / "a", 0.5)
+    keep_cost("train", in_tmp / "b", 0.25)
+    keep_cost("train", in_tmp / "a", 0.75)
+    with LEDGER.open("a") as file:
+        file.write('{"stage": "tra')
+    steps = {name: cost.step for name, cost in read_costs().items()}
+    assert steps == {f"{in_tmp}/a": 0.75, f"{in_tmp}/b": 0.25}
+
+
+def test_methods_are_set_against_the_reference(pipeline: Pipeline, in_tmp: Path) -> None:
+    runs = in_tmp / "runs"
+    write(
+        [
+            Cost("task", "rows", 2.0, 1.0, 100),
+            Cost("train", place("lora", runs), 20.0, 10.0, 400, 0.04),
+            Cost("train", place("folora-replay", runs), 40.0, 30.0, 500, 0.06),
+            Cost("train", "of/another/preset", 1.0, 1.0, 900, 9.0),
+        ]
+    )
+    stages, methods = costs_here(pipeline.params, runs)
+    assert [(one.stage, one.outputs, one.wall, one.cpu, one.peak) for one in stages] == [
+        ("task", 1, 2.0, 1.0, 100),
+        ("train", 3, 61.0, 41.0, 900),
+    ]
+    assert [one.method for one in methods] == ["lora", "folora-replay"]
+    assert [one.relative_step for one in methods] == pytest.approx([1.0, 1.5])
+    assert [one.relative_peak for one in methods] == pytest.approx([1.0, 1.25])
+
+
+def test_without_the_reference_nothing_is_relative(pipeline: Pipeline, in_tmp: Path) -> None:
+    runs = in_tmp / "runs"
+    write([Cost("train", place("folora-replay", runs), 40.0, 30.0, 500, 0.06)])
+    (method,) = costs_here(pipeline.params, runs)[1]
+    assert method.relative_step is method.relative_peak is None
+    assert method.cells()[3] == method.cells()[5] == "–"
+
+
+def test_a_folder_where_nothing_ran_says_so(pipeline: Pipeline, in_tmp: Path) -> None:
+    with pytest.raises(FoLoRAError, match="no stage has run"):
+        costs_here(pipeline.params, in_tmp)
+
+
+def test_training_returns_the_time_of_a_step(pipeline: Pipeline, store: Tracking, in_tmp: Path) -> None:
+    from folora.train import TrainInputs, train_run
+
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    params = pipeline.params.model_copy(update={"tracking": store})
+    step = train_run(params, RUNS["lora"], pipeline.base, inputs, in_tmp / "run")
+    assert 0 < step < 10
