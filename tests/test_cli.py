@@ -31,7 +31,7 @@ STAGES = [
     "evaluate",
     "report",
 ]
-COMMANDS = ["methods", "use", "why", "doctor", "compare", "cost", "pick", "forget", "publish", "clean"]
+COMMANDS = ["methods", "params", "use", "why", "doctor", "compare", "cost", "pick", "forget", "publish", "clean"]
 
 
 def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -24,6 +24,7 @@ Shrinkage = Annotated[
     Field(description="share a of the identity in the penalty's moment, (1 - a) C + a I, or how it is estimated"),
 ]
 Rate = Annotated[float, Field(gt=0, le=1)]
+ThreadCount = Annotated[int, Field(ge=1, le=256, description="torch threads; another count changes the last bits")]
 
 
 class Section(BaseModel):
@@ -35,7 +36,7 @@ class Section(BaseModel):
 class World(Section):
     """The synthetic world that the offline foundation is trained on."""
 
-    seed: Seed
+    seed: Annotated[Seed, Field(description="chooses the fact tables")]
     names: Annotated[int, Field(ge=2, le=2000, description="entries of each fact table")]
     separator: Annotated[
         Literal["-", ""], Field(description="in the keys of the facts; '-' also is the sign of subtraction")
@@ -48,17 +49,17 @@ class OfflineFoundation(Section):
     """A small Llama, trained here from scratch."""
 
     source: Literal["offline"]
-    seed: Seed
-    width: Annotated[int, Field(ge=8, le=4096)]
-    layers: Annotated[int, Field(ge=1, le=64)]
-    heads: Annotated[int, Field(ge=1, le=64)]
-    intermediate: Annotated[int, Field(ge=8, le=16384)]
+    seed: Annotated[Seed, Field(description="of the weights and of the order of the text")]
+    width: Annotated[int, Field(ge=8, le=4096, description="of the residual stream; a multiple of twice the heads")]
+    layers: Annotated[int, Field(ge=1, le=64, description="blocks")]
+    heads: Annotated[int, Field(ge=1, le=64, description="of attention, per block")]
+    intermediate: Annotated[int, Field(ge=8, le=16384, description="width between up_proj and down_proj")]
     context: Annotated[int, Field(ge=16, le=4096, description="positions")]
-    steps: Count
-    batch_size: Count
-    learning_rate: Rate
-    embedding_learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0, le=1)]
+    steps: Annotated[Count, Field(description="optimizer steps")]
+    batch_size: Annotated[Count, Field(description="examples per step")]
+    learning_rate: Annotated[Rate, Field(description="of Muon, for the hidden matrices")]
+    embedding_learning_rate: Annotated[Rate, Field(description="of AdamW, for all else")]
+    weight_decay: Annotated[float, Field(ge=0, le=1, description="decoupled, of both optimizers")]
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> OfflineFoundation:
@@ -71,8 +72,8 @@ class PretrainedFoundation(Section):
     """A model that exists: a hub id with its revision, or a local folder."""
 
     source: Literal["pretrained"]
-    model: str
-    revision: str | None
+    model: Annotated[str, Field(description="hub id, or a local folder")]
+    revision: Annotated[str | None, Field(description="branch, tag or commit on the hub; its commit is pinned")]
 
 
 class Task(Section):
@@ -113,14 +114,16 @@ Source = Annotated[SampledSource | CorpusSource | RandomSource, Field(discrimina
 class Proxy(Section):
     """Text that stands in for the pretraining data."""
 
-    seed: Seed
-    sources: Annotated[dict[Name, Source], Field(min_length=1)]
+    seed: Annotated[Seed, Field(description="of the sampling")]
+    sources: Annotated[dict[Name, Source], Field(min_length=1, description="a run names its own")]
     corpora: Annotated[str, Field(description="folder with the data sets of corpus sources")]
-    shards: Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
+    shards: Annotated[
+        list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1, description="made apart, each its own stage")
+    ]
     sequences: Annotated[int, Field(ge=1, description="per shard")]
     heldout_sequences: Annotated[int, Field(ge=1, description="sampled at temperature 1, to measure KL and perplexity")]
     max_length: Annotated[int, Field(ge=2, le=131072, description="tokens per sequence, BOS included")]
-    batch_size: Count
+    batch_size: Annotated[Count, Field(description="sequences sampled at once")]
 
     @field_validator("shards")
     @classmethod
@@ -144,9 +147,13 @@ class Proxy(Section):
 class Covariance(Section):
     """Second moments of the layer inputs."""
 
-    batch_size: Count
-    proxy_positions: Literal["all", "without_first"]
-    task_positions: Literal["all", "without_first", "response"]
+    batch_size: Annotated[Count, Field(description="rows a forward pass")]
+    proxy_positions: Annotated[
+        Literal["all", "without_first"], Field(description="tokens that the penalty is taken over")
+    ]
+    task_positions: Annotated[
+        Literal["all", "without_first", "response"], Field(description="tokens that the utility is taken over")
+    ]
 
 
 class SpectrumSection(Section):
@@ -158,18 +165,21 @@ class SpectrumSection(Section):
 class Adapter(Section):
     """The LoRA adapter all methods train."""
 
-    rank: Annotated[int, Field(ge=1, le=1024)]
-    alpha: Annotated[int, Field(ge=1, le=4096)]
-    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    rank: Annotated[int, Field(ge=1, le=1024, description="r")]
+    alpha: Annotated[int, Field(ge=1, le=4096, description="ΔW = alpha / r · B A")]
+    target_modules: Annotated[
+        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)],
+        Field(description="layers to adapt: all but the output embedding, or ends of module names"),
+    ]
 
 
 class Train(Section):
     """Training, the same for every run."""
 
-    steps: Count
+    steps: Annotated[Count, Field(description="optimizer steps")]
     batch_size: Annotated[int, Field(ge=1, description="task rows per optimizer step")]
     checkpoints: Annotated[int, Field(ge=1, le=1000, description="evenly spaced, the last one included")]
-    max_grad_norm: Annotated[float, Field(gt=0)]
+    max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to it, all together")]
     log_every: Annotated[int, Field(ge=1, description="steps between two readings of the forgetting meter")]
     meter_sequences: Annotated[int, Field(ge=1, description="held-out sequences for the live KL")]
 
@@ -177,30 +187,30 @@ class Train(Section):
 class Run(Section):
     """One training run: a method on a task, with the text that stands for the pretraining data, a rate and a seed."""
 
-    task: Name
+    task: Annotated[Name, Field(description="entry of tasks")]
     proxy: Annotated[Name, Field(description="entry of proxy.sources")]
-    method: Name
-    learning_rate: Rate
-    seed: Seed
+    method: Annotated[Name, Field(description="entry of methods")]
+    learning_rate: Annotated[Rate, Field(description="at the start; it falls linearly to zero")]
+    seed: Annotated[Seed, Field(description="of the start and of the order of the rows")]
 
 
 class Evaluation(Section):
     """What every checkpoint is measured on."""
 
     kept: Annotated[list[Name], Field(min_length=1, description="tasks whose mean is the kept accuracy")]
-    batch_size: Count
+    batch_size: Annotated[Count, Field(description="items at once")]
 
 
 class Threads(Section):
     """Torch threads of each stage. A part of the result: another count changes the last bits."""
 
-    foundation: Annotated[int, Field(ge=1, le=256)]
-    task: Annotated[int, Field(ge=1, le=256)]
-    proxy: Annotated[int, Field(ge=1, le=256)]
-    covariance: Annotated[int, Field(ge=1, le=256)]
-    spectrum: Annotated[int, Field(ge=1, le=256)]
-    train: Annotated[int, Field(ge=1, le=256)]
-    evaluate: Annotated[int, Field(ge=1, le=256)]
+    foundation: ThreadCount
+    task: ThreadCount
+    proxy: ThreadCount
+    covariance: ThreadCount
+    spectrum: ThreadCount
+    train: ThreadCount
+    evaluate: ThreadCount
 
 
 class Report(Section):
@@ -210,10 +220,10 @@ class Report(Section):
 
 
 class Tracking(Section):
-    """Where runs are logged; MLFLOW_TRACKING_URI overrides the address."""
+    """Where runs are logged."""
 
-    experiment: str
-    uri: str
+    experiment: Annotated[str, Field(description="of MLflow")]
+    uri: Annotated[str, Field(description="of the MLflow store; MLFLOW_TRACKING_URI overrides it")]
 
 
 class Params(Section):

@@ -36,6 +36,24 @@ def methods(as_json: AsJson = False) -> None:
         _print_table(columns, [[kind[name] for name in columns] for kind in kinds])
 
 
+@app.command(rich_help_panel=PANEL, epilog="Example: folora params proxy")
+def params(
+    key: Annotated[str, typer.Argument(help="A section or key; left out: all.")] = "",
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="As the page docs/params.md.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what params.yaml may hold: every key, its bounds and what it means."""
+    from folora.commands.params import HEAD, markdown, reference
+
+    entries = reference(key)
+    if as_json:
+        _print_json([vars(entry) for entry in entries])
+    elif as_markdown:
+        print(markdown(entries), end="")
+    else:
+        _print_table(HEAD, [entry.cells() for entry in entries])
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: folora use controls && dvc repro")
 def use(
     preset: Annotated[str, typer.Argument(help="A name in workflow/presets, or default: the committed params.yaml.")],
