@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from folora import pencil
 from folora.adapter import AdaptedModel, Context
 from folora.base import Base
 from folora.covariance import CountedText
 from folora.methods import method_from
-from folora.pencil import LayerSpectrum, Spectrum, solve
+from folora.pencil import LayerSpectrum, Spectrum
 
 if TYPE_CHECKING:
     from folora.deltas import Layer, LoRALayer
@@ -78,16 +79,13 @@ def base_model() -> LlamaForCausalLM:
 
 
 def layer_spectrum(name: str) -> LayerSpectrum:
-    penalty, utility = moment(PROXY[name]), moment(TASK[name])
-    pencil = solve(penalty, utility, shrinkage=SHRINKAGE, name=name)
-    return LayerSpectrum(
-        basis=pencil.basis.float(),
-        eigenvalues=pencil.eigenvalues,
-        penalty=penalty.float(),
-        utility=utility.float(),
+    return pencil.layer_spectrum(
+        moment(PROXY[name]),
+        moment(TASK[name]),
         shrinkage=SHRINKAGE,
         proxy_tokens=len(PROXY[name]),
         proxy_fourth=float(PROXY[name].square().sum(1).square().mean()),
+        name=name,
     )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    from peft import PeftModel
+    from peft import PeftMixedModel, PeftModel
     from transformers import PreTrainedModel
 
     from folora.base import Base
@@ -231,15 +231,19 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         **options,
     )
     model.name_or_path = context.base.manifest["source"] or str(context.base.folder)
-    adapted = get_peft_model(model, config)
-    wrapped = dict(adapted.get_base_model().named_modules())
+    return lora_model(get_peft_model(model, config), context.spectrum, weights)
+
+
+def lora_model(model: PeftModel | PeftMixedModel, spectrum: Spectrum, weights: dict[str, Tensor]) -> LoRAModel:
+    """The LoRA layers of a PEFT model, grouped by the input they read; ``weights`` are those of the base model."""
+    wrapped = dict(model.get_base_model().named_modules())
 
     def layer(name: str) -> LoRALayer:
         module: Any = wrapped[name]
         factors = module.lora_A[NAME].weight, module.lora_B[NAME].weight
         return LoRALayer(name, *factors, weights[name], module.scaling[NAME])
 
-    return LoRAModel(adapted, grouped(context.spectrum, layer))
+    return LoRAModel(model, grouped(spectrum, layer))
 
 
 def weights_of(model: PreTrainedModel, context: Context) -> dict[str, Tensor]:

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from folora.errors import FoLoRAError
+from folora.shrinkage import shrinkage_of
 
 if TYPE_CHECKING:
     from folora.layers import Groups
+    from folora.moments import Moments
+    from folora.shrinkage import ShrinkageName
 
 RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
 
@@ -51,6 +54,7 @@ class LayerSpectrum:
         shrinkage: share of the identity that the pencil mixed into the normalised C_p.
         proxy_tokens: tokens that C_p is the mean of.
         proxy_fourth: mean of ‖x‖⁴ over them.
+        health: how far the solution can be trusted; see ``solve``.
     """
 
     basis: Tensor
@@ -60,6 +64,7 @@ class LayerSpectrum:
     shrinkage: float
     proxy_tokens: int
     proxy_fourth: float
+    health: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,57 @@ class Spectrum:
     def layers(self) -> list[str]:
         """Names of all layers."""
         return [name for names in self.groups.values() for name in names]
+
+
+def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: float | ShrinkageName) -> Spectrum:
+    """Solve the pencil of every layer input.
+
+    Args:
+        proxy: moments over text that stands for the pretraining data: the penalty.
+        task: moments of the same layer inputs over the task's text: the utility.
+        groups: which layers read each input.
+        shrinkage: share of the identity that the penalty is mixed with, or how it is estimated.
+
+    Raises:
+        FoLoRAError: a moment is not finite or has no energy, or a penalty stays indefinite.
+    """
+    inputs = {
+        name: layer_spectrum(
+            proxy.mean(name),
+            task.mean(name),
+            shrinkage=shrinkage,
+            proxy_tokens=proxy.tokens,
+            proxy_fourth=float(proxy.fourths[name]) / proxy.tokens,
+            name=name,
+        )
+        for name in groups
+    }
+    return Spectrum(inputs, groups)
+
+
+def layer_spectrum(
+    penalty: Tensor,
+    utility: Tensor,
+    *,
+    shrinkage: float | ShrinkageName,
+    proxy_tokens: int,
+    proxy_fourth: float,
+    name: str,
+) -> LayerSpectrum:
+    """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``."""
+    if isinstance(shrinkage, str):
+        shrinkage = shrinkage_of(shrinkage, penalty, proxy_fourth, proxy_tokens)
+    pencil = solve(penalty, utility, shrinkage=shrinkage, name=name)
+    return LayerSpectrum(
+        basis=pencil.basis.float(),
+        eigenvalues=pencil.eigenvalues,
+        penalty=penalty.float(),
+        utility=utility.float(),
+        shrinkage=pencil.health["shrinkage"],
+        proxy_tokens=proxy_tokens,
+        proxy_fourth=proxy_fourth,
+        health=pencil.health,
+    )
 
 
 def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:

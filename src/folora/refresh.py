@@ -6,14 +6,13 @@ since it has no exact transport.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from folora.deltas import LayerGroup
 from folora.optimizer import Coordinates
-from folora.pencil import solve
+from folora.pencil import layer_spectrum, solve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from folora.adapter import AdaptedModel
     from folora.deltas import LoRALayer
     from folora.methods.folora import FoLoRA
+    from folora.moments import Moments
+    from folora.pencil import LayerSpectrum
 
 
 def carry_over(optimizer: Any, parameters: list[Tensor], old: Tensor | None, new: Tensor | None) -> None:
@@ -57,11 +58,16 @@ class UtilityRefresh:
             optimizer.coordinates[position] = new
 
     @staticmethod
-    def _solved(group: LayerGroup, moments: Any) -> Any:
+    def _solved(group: LayerGroup, moments: Moments) -> LayerSpectrum:
         name, old = group.layers[0].name, group.spectrum
-        utility = moments.mean(name)
-        pencil = solve(old.penalty, utility, shrinkage=old.shrinkage, name=name)
-        return replace(old, basis=pencil.basis.float(), eigenvalues=pencil.eigenvalues, utility=utility.float())
+        return layer_spectrum(
+            old.penalty,
+            moments.mean(name),
+            shrinkage=old.shrinkage,
+            proxy_tokens=old.proxy_tokens,
+            proxy_fourth=old.proxy_fourth,
+            name=name,
+        )
 
 
 class ColumnGates:

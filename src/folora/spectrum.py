@@ -9,18 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from folora.covariance import read_moments
-from folora.pencil import LayerSpectrum, Spectrum, solve
-from folora.shrinkage import shrinkage_of
+from folora.pencil import LayerSpectrum, Spectrum, solve_spectrum
 from folora.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
-
     from folora.base import Base
     from folora.params import Params
-    from folora.pencil import Pencil
 
 
 STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
@@ -46,16 +42,9 @@ def compute_spectrum(
         positions=params.covariance.task_positions,
         groups=groups,
     )
-    tensors: dict[str, Tensor] = {}
-    health = {}
-    for name in groups:
-        penalty, utility = proxy.mean(name), target.mean(name)
-        fourth = float(proxy.fourths[name]) / proxy.tokens
-        chosen = params.spectrum.shrinkage
-        share = shrinkage_of(chosen, penalty, fourth, proxy.tokens) if isinstance(chosen, str) else chosen
-        pencil = solve(penalty, utility, shrinkage=share, name=name)
-        tensors |= {f"{name}.{field}": value for field, value in _stored(pencil, penalty, utility).items()}
-        health[name] = {**pencil.health, "proxy_fourth": fourth}
+    spectrum = solve_spectrum(proxy, target, groups, params.spectrum.shrinkage)
+    tensors = {f"{name}.{field}": getattr(one, field) for name, one in spectrum.inputs.items() for field in STORED}
+    health = {name: {**one.health, "proxy_fourth": one.proxy_fourth} for name, one in spectrum.inputs.items()}
     manifest = {
         "artefact": "spectrum",
         **base.identity,
@@ -68,15 +57,6 @@ def compute_spectrum(
         "health": health,
     }
     write_tensors(output, tensors, manifest)
-
-
-def _stored(pencil: Pencil, penalty: Tensor, utility: Tensor) -> dict[str, Tensor]:
-    return {
-        "basis": pencil.basis.float(),
-        "eigenvalues": pencil.eigenvalues,
-        "penalty": penalty.float(),
-        "utility": utility.float(),
-    }
 
 
 def read_spectrum(path: Path, **expected: object) -> Spectrum:
@@ -92,6 +72,7 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
             shrinkage=manifest["health"][name]["shrinkage"],
             proxy_tokens=manifest["proxy_tokens"],
             proxy_fourth=manifest["health"][name]["proxy_fourth"],
+            health=manifest["health"][name],
         )
         for name in manifest["groups"]
     }
