@@ -36,4 +36,7 @@ def inputs_of(stage):
 
 
 def outputs_of(stage):
-    return [directory(path) if is_folder(path) else path for path in stage.outputs]
+    paths = [directory(path) if is_folder(path) else path for path in stage.outputs]
+    if stage.name == "report":  # what `snakemake --report` shows
+        return [report(path, htmlindex="index.html", category="Comparison") for path in paths]
+    return paths

@@ -85,7 +85,8 @@ class FoLoRA(SpectralMethod):
         basis: the coordinates; a random orthogonal basis keeps the gates of the pencil's.
         columns: their scale: one penalty each, or length one.
         shrinkage: of the penalty's moment in this method only; null takes the spectrum stage's basis as it is.
-        gate: soft, or open for the ``open_share`` of the directions with the greatest λ.
+        gate: soft, or hard: open for the directions with the greatest λ, shut for the others.
+        open_share: share of the directions that a hard gate opens.
         gate_on: the update, or the gradient (which Adam's division undoes).
         form: Adam in rotated coordinates, or canonical Adam with the filter F = C_p V diag(g) Vᵀ on its update.
         start: gated noise, the leading directions themselves, or PEFT's.
