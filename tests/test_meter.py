@@ -33,7 +33,7 @@ def layer(seed: int, rows: int, width: int, rank: int = 3, scaling: float = 2.5)
 def group(seed: int, width: int, *rows: int, scaling: float = 2.5) -> LayerGroup:
     penalty, utility = moment(tokens(seed + 50, width)), moment(tokens(seed + 60, width, 2))
     layers = [layer(seed + 10 * number, height, width, scaling=scaling) for number, height in enumerate(rows)]
-    return LayerGroup(layers, LayerSpectrum(torch.eye(width), torch.ones(width), penalty, utility, 0.01, 40, 1.0))
+    return LayerGroup(layers, LayerSpectrum(torch.eye(width), torch.ones(width), penalty, utility, 0.01, 40, 1.0, {}))
 
 
 def explicit(one: LoRALayer, C: Tensor) -> float:

@@ -55,7 +55,7 @@ def test_bounds_defaults_and_meanings() -> None:
     assert entry("spectrum.shrinkage")[0] == "number, greater than 0, at most 0.5; or ledoit-wolf, oas"
     assert entry("methods.NAME (folora).gate") == (
         "soft, hard; default soft",
-        "soft, or open for the `open_share` of the directions with the greatest λ",
+        "soft, or hard: open for the directions with the greatest λ, shut for the others",
     )
     assert entry("methods.NAME (lora-null).freeze_a")[0] == "true or false; default false"
     assert entry("methods.NAME.kl_budget")[0] == "number, greater than 0; or null; default null"
