@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ruamel.yaml import YAML
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
+AUTHOR = ("-c", "user.name=t", "-c", "user.email=t@t")
 LORA, FOLORA = "train@lora-3e-3-s0", "train@folora-replay-1e-2-s0"
 
 
@@ -37,7 +39,7 @@ def make_workspace(folder: Path) -> Path:
     run(folder, "git", "init", "--quiet")
     run(folder, "dvc", "init", "--quiet")
     run(folder, "git", "add", ".")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "-m", "start")
+    run(folder, "git", *AUTHOR, "commit", "--quiet", "-m", "start")
     return folder
 
 
@@ -107,6 +109,27 @@ def test_report_metrics_and_tracking(by_dvc: Path) -> None:
     assert {run.data.tags["run"] for run in runs} == {"lora-3e-3-s0", "folora-replay-1e-2-s0"}
     assert len(runs) == 2
     assert all({"target", "kept", "kl", "train/loss"} <= run.data.metrics.keys() for run in runs)
+
+
+def test_snakemake_s_report_carries_the_page_and_its_figures(by_snakemake: Path, tmp_path: Path) -> None:
+    run(by_snakemake, "snakemake", "--report", str(tmp_path / "report.zip"))
+    with zipfile.ZipFile(tmp_path / "report.zip") as archive:
+        held = {name.rpartition("/")[2]: archive.read(name) for name in archive.namelist()}
+    for name in ("index.html", "frontier.png", "frontier.csv", "metrics.json"):
+        assert held[name] == (by_snakemake / "results/report" / name).read_bytes()
+
+
+def test_an_experiment_runs_with_another_value(by_dvc: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "copy"
+    shutil.copytree(by_dvc, workspace)
+    run(workspace, "git", "add", "dvc.lock")
+    run(workspace, "git", *AUTHOR, "commit", "--quiet", "-m", "results")
+    done = run(workspace, "dvc", "exp", "run", "--name", "shorter", "-S", "train.steps=4")
+    assert f"Running stage '{LORA}'" in done
+    assert "Running stage 'foundation'" not in done
+    manifest = json.loads((workspace / "artifacts/runs/lora/lora-3e-3-s0/manifest.json").read_text())
+    assert manifest["params"]["train"]["steps"] == 4
+    assert "shorter" in run(workspace, "dvc", "exp", "list", "--name-only")
 
 
 def test_a_changed_parameter_reruns_only_what_depends_on_it(by_dvc: Path, tmp_path: Path) -> None:
