@@ -151,6 +151,19 @@ def test_a_trained_adapter_is_refused(spectrum: Spectrum) -> None:
         folora.gated_adam(model, spectrum, learning_rate=0.01)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"tau": -1.0}, "gated_adam: tau: .*greater than 0"),
+        ({"steepness": 2}, "gated_adam: steepness: .*not permitted"),
+        ({"refresh_utility": 5}, "gated_adam: refresh_utility needs the task's text"),
+    ],
+)
+def test_options_that_do_not_go_are_named(options: dict[str, Any], expected: str, spectrum: Spectrum) -> None:
+    with pytest.raises(FoLoRAError, match=expected):
+        folora.gated_adam(fresh(), spectrum, learning_rate=0.01, **options)
+
+
 @pytest.mark.parametrize(("batches", "expected"), [([], "no batch"), ([{"ids": torch.ones(1, 2)}], "it has ids")])
 def test_text_that_is_none_is_named(batches: list[Any], expected: str) -> None:
     with pytest.raises(FoLoRAError, match=expected):

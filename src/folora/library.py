@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import ValidationError
 
 from folora.adapter import NAME, LoRAModel, lora_model
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 from folora.layers import Groups, adapted_layers, input_groups
 from folora.meter import ForgettingMeter
 from folora.methods.folora import FoLoRA
@@ -115,9 +116,14 @@ def gated_adam(model: PeftModel, spectrum: Spectrum, *, learning_rate: float, **
         options: of ``folora params methods``, kind folora: ``tau``, ``gate_b``, ``weight_decay``, ...
 
     Raises:
-        FoLoRAError: the model's LoRA layers are not those of the spectrum, or have been trained.
+        FoLoRAError: an option is wrong, or the LoRA layers are not those of the spectrum or have been trained.
     """
-    method = FoLoRA(kind="folora", **options)
+    try:
+        method = FoLoRA(kind="folora", **options)
+    except ValidationError as error:
+        raise FoLoRAError(f"gated_adam: {describe(error)}") from error
+    if method.refresh_utility is not None:
+        raise FoLoRAError("gated_adam: refresh_utility needs the task's text: it is for runs of the pipeline")
     adapted = adapted_model(model, spectrum)
     if adapted.moved():
         raise FoLoRAError("gated_adam: the adapter has been trained: make the optimizer before the first step")
