@@ -143,6 +143,14 @@ def test_other_layers_are_named(spectrum: Spectrum) -> None:
         folora.solve_spectrum(other, folora.second_moments(base_model(), PROXY))
 
 
+def test_an_adapter_of_another_name_is_told_apart_from_other_layers(spectrum: Spectrum) -> None:
+    config = LoraConfig(r=3, task_type="CAUSAL_LM", target_modules="all-linear")
+    model = get_peft_model(base_model(), config, adapter_name="mine")
+    assert isinstance(model, PeftModel)
+    with pytest.raises(FoLoRAError, match="no LoRA adapter named 'default'"):
+        folora.gated_adam(model, spectrum, learning_rate=0.01)
+
+
 def test_a_trained_adapter_is_refused(spectrum: Spectrum) -> None:
     model = fresh()
     for layer in adapted_model(model, spectrum).layers:
@@ -168,6 +176,14 @@ def test_options_that_do_not_go_are_named(options: dict[str, Any], expected: str
 def test_text_that_is_none_is_named(batches: list[Any], expected: str) -> None:
     with pytest.raises(FoLoRAError, match=expected):
         folora.second_moments(base_model(), batches)
+
+
+def test_a_broken_batch_leaves_the_model_as_it_was() -> None:
+    model = base_model().train()
+    with pytest.raises(FoLoRAError, match="no input_ids"):
+        folora.second_moments(model, [BATCH, {"ids": torch.ones(1, 2)}])
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_an_unknown_name_is_no_attribute() -> None:

@@ -7,6 +7,7 @@ any iterable of batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -64,27 +65,29 @@ def second_moments(
         FoLoRAError: no batch, a batch without input ids, or an entry of ``target_modules`` matches no linear layer.
     """
     layers = adapted_layers(model, target_modules)
-    training, device = model.training, model.device
-    model.eval()
-    moments: Moments | None = None
-    groups: Groups = {}
-    for batch in batches:
-        if "input_ids" not in batch:
-            raise FoLoRAError(f"second_moments: a batch has no input_ids; it has {', '.join(batch)}")
-        input_ids = batch["input_ids"].to(device)
-        mask = batch.get("attention_mask", torch.ones_like(input_ids)).to(device).bool()
-        groups = groups or input_groups(model, layers, input_ids[:1])
-        with collect({leader: layers[leader] for leader in groups}) as collector:
-            collector.select(mask)
-            model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        if moments is None:
-            moments = collector.moments
-        else:
-            moments.add(collector.moments)
-    model.train(training)
-    if moments is None:
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
         raise FoLoRAError("second_moments: there is no batch: a generator can be read once only")
-    return SecondMoments(moments, groups)
+    training = model.training
+    model.eval()
+    try:
+        groups = input_groups(model, layers, _input_ids(first, model)[:1])
+        with collect({leader: layers[leader] for leader in groups}) as collector:
+            for batch in chain([first], remaining):
+                input_ids = _input_ids(batch, model)
+                mask = batch.get("attention_mask", torch.ones_like(input_ids)).to(model.device).bool()
+                collector.select(mask)
+                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+    finally:
+        model.train(training)
+    return SecondMoments(collector.moments, groups)
+
+
+def _input_ids(batch: Mapping[str, Tensor], model: PreTrainedModel) -> Tensor:
+    if "input_ids" not in batch:
+        raise FoLoRAError(f"second_moments: a batch has no input_ids; it has {', '.join(batch)}")
+    return batch["input_ids"].to(model.device)
 
 
 def solve_spectrum(proxy: SecondMoments, task: SecondMoments, *, shrinkage: float | ShrinkageName = 0.01) -> Spectrum:
@@ -145,10 +148,12 @@ def adapted_model(model: PeftModel, spectrum: Spectrum) -> LoRAModel:
     """The LoRA layers of a PEFT model by the input they read.
 
     Raises:
-        FoLoRAError: they are not those of the spectrum.
+        FoLoRAError: there are none, or they are not those of the spectrum.
     """
     modules: dict[str, Any] = dict(model.get_base_model().named_modules())
     lora = {name for name, module in modules.items() if NAME in getattr(module, "lora_A", {})}
+    if not lora:
+        raise FoLoRAError(f"the model has no LoRA adapter named {NAME!r}: wrap it with peft.get_peft_model")
     differing = sorted(lora ^ set(spectrum.layers))
     if differing:
         where = "LoRA alone" if differing[0] in lora else "the spectrum alone"

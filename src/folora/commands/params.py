@@ -126,10 +126,11 @@ def _entry(key: str, schema: Schema, defs: Schema, meaning: str) -> Iterator[Ent
 
 
 def _resolved(schema: Schema, defs: Schema) -> Schema:
-    reference = schema.get("$ref")
-    return (
-        defs[reference.rpartition("/")[2]] | {k: v for k, v in schema.items() if k != "$ref"} if reference else schema
-    )
+    """The schema that a ``$ref`` stands for, with what is said beside it."""
+    if "$ref" not in schema:
+        return schema
+    beside = {key: value for key, value in schema.items() if key != "$ref"}
+    return defs[schema["$ref"].rpartition("/")[2]] | beside
 
 
 def _plain(description: str) -> str:
