@@ -197,7 +197,7 @@ def test_longer_rows_of_a_corpus_are_cut(pipeline: Pipeline, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("dataset", "text", "expected"),
     [
-        ("poetry", "{{ prompt }}", "no data set here"),
+        ("poetry", "{{ prompt }}", "no data set here: proxy.sources"),
         ("addition", "{{ verse }}", "the columns are prompt, response"),
     ],
 )

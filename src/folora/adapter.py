@@ -68,7 +68,7 @@ class AdaptedModel(ABC):
         model: what the Trainer trains.
         groups: the adapted layers by the input they read.
         regulariser: a scalar that joins the loss of every step, or None.
-        task: the text that the utility is taken over, for methods that measure it again.
+        task: the text that the utility is taken over, for methods that measure it again; None in the library.
     """
 
     def __init__(self, model: Any, groups: list[LayerGroup]) -> None:
@@ -105,7 +105,7 @@ class AdaptedModel(ABC):
     @torch.no_grad()
     def task_moments(self) -> Moments:
         """Second moments of the layer inputs over the task's text, by the first layer of each group."""
-        assert self.task is not None, "set by the method that asks"
+        assert self.task is not None, "the library, which sets none, refuses methods that ask"
         training = self.model.training
         self.model.eval()
         moments = self.task.moments(self.model, {g.layers[0].name: self.linear(g.layers[0]) for g in self.groups})
@@ -231,7 +231,9 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         **options,
     )
     model.name_or_path = context.base.manifest["source"] or str(context.base.folder)
-    return lora_model(get_peft_model(model, config), context.spectrum, weights)
+    adapted = lora_model(get_peft_model(model, config), context.spectrum, weights)
+    adapted.task = context.task
+    return adapted
 
 
 def lora_model(model: PeftModel | PeftMixedModel, spectrum: Spectrum, weights: dict[str, Tensor]) -> LoRAModel:

@@ -284,6 +284,8 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
         "method": params.methods[run.method].model_dump(),
         "adapter": params.adapter.model_dump(),
         "train": params.train.model_dump(),
+        "covariance": params.covariance.model_dump(include={"batch_size", "task_positions"}),  # moments taken again
+        "evaluation": params.evaluation.model_dump(include={"batch_size"}),  # of the forgetting meter, and a budget
         "threads": params.threads.train,
     }
 

@@ -104,7 +104,8 @@ def _from_corpus(base: Base, source: CorpusSource, corpora: Path) -> Draw:
     """Rows drawn with replacement, each by the first of its sequence's numbers, and cut where they are too long."""
     tokenizer = base.load_tokenizer()
     dataset = str(corpora / source.dataset)
-    texts = [text for (text,) in render(read_rows(dataset), [source.text], dataset)]
+    rows = read_rows(dataset, "proxy.sources.*.dataset")
+    texts = [text for (text,) in render(rows, [source.text], dataset)]
 
     def draw(uniforms: Tensor) -> list[Sample]:
         rows = []

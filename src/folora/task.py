@@ -33,7 +33,7 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     import pyarrow as pa
 
     base.check_length(settings.max_length, "tasks.*.max_length")
-    rows = read_rows(settings.dataset)
+    rows = read_rows(settings.dataset, "tasks.*.dataset")
     tokenised = tokenise(rows, settings, base.load_tokenizer())
     table = pa.table(
         {
@@ -44,11 +44,12 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     write_table(output, table, {"artefact": "task", **base.identity, "task": settings.model_dump()})
 
 
-def read_rows(dataset: str) -> Dataset:
+def read_rows(dataset: str, key: str) -> Dataset:
     """The training rows of a local data set.
 
     Args:
         dataset: a JSONL, CSV or Parquet file, or a folder with a ``train`` file of such a format.
+        key: what names it in params.yaml, for errors.
 
     Raises:
         FoLoRAError: nothing is there, or there are no rows.
@@ -60,7 +61,7 @@ def read_rows(dataset: str) -> Dataset:
         path = next((path / f"train{suffix}" for suffix in FORMATS if (path / f"train{suffix}").exists()), path)
     if path.suffix not in FORMATS or not path.is_file():
         raise FoLoRAError(
-            f"{dataset}: no data set here: tasks.*.dataset is a .jsonl, .csv or .parquet file, or a folder with a "
+            f"{dataset}: no data set here: {key} is a .jsonl, .csv or .parquet file, or a folder with a "
             "train file of such a format"
         )
     if path.stat().st_size == 0:

@@ -19,9 +19,8 @@ from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
-    from folora.adapter import AdaptedModel, Context
+    from folora.adapter import AdaptedModel
     from folora.deltas import LayerGroup
     from folora.optimizer import GatedAdam
 
@@ -188,11 +187,6 @@ class FoLoRA(SpectralMethod):
         *of_a, of_b = super().update_groups(adapted)
         each_b = [of_b] if self.gate_b == "off" else [{"params": [B]} for B in of_b["params"]]
         return each_b if self.freeze_a else [*of_a, *each_b]
-
-    def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
-        adapted = super().adapt(model, context)
-        adapted.task = context.task
-        return adapted
 
     def optimizer(self, adapted: AdaptedModel, learning_rate: float) -> GatedAdam:
         from folora.refresh import ColumnGates, UtilityRefresh

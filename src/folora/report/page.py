@@ -70,6 +70,8 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "differences": text.difference_cells(study),
         "costs": text.cost_cells(study),
         "pairs": text.pair_cells(study),
+        "pair_columns": text.shown_methods(study),
+        "pairs_note": text.pairs_note(study),
         "answered_by": list(dict.fromkeys([BASE, study.reference, study.subject])),
         "answers": side_by_side(study, inputs.evaluations, params.tasks[study.name].target),
     }

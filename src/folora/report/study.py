@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from folora.report.inputs import Inputs
 
 SUBJECT_KIND = "folora"
+FEW = 4
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Study:
     Attributes:
         comparison: every method at its best rate, and matched with every other.
         subject: the method that the verdict is about.
-        highlighted: the methods that figures bring out: the reference and those of the subject's kind.
+        highlighted: the methods that figures bring out: the reference, the subject and, if few, others of its kind.
         base: metrics of the base model.
         records: metrics of every checkpoint.
         kept: names of the kept tasks.
@@ -80,10 +81,11 @@ def _study(params: Params, inputs: Inputs, adaptation: str) -> Study:
     against_reference = pairing.pairs((method, reference) for method in comparison.arms if method != reference)
     against_each = pairing.pairs((subject, method) for method in comparison.arms if method != subject)
     relatives = [method for method in comparison.arms if _kind(params, method) == _kind(params, subject)]
+    brought_out = [reference, subject, *(relatives if len(relatives) <= FEW else [])]
     return Study(
         comparison=comparison,
         subject=subject,
-        highlighted=list(dict.fromkeys([reference, *relatives])),
+        highlighted=list(dict.fromkeys(brought_out)),
         base=base,
         records=records,
         kept=kept,

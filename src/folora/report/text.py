@@ -32,12 +32,8 @@ ARMS: Columns = {
     "ratio*": ("matched_kl_ratio", 1),
 }
 TERMINAL: Columns = {title: column for title, column in ARMS.items() if title not in ("perplexity", "kept*")}
-SHOWN = 10  # methods on the terminal, beside the reference
+SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
 WIDTH = 100
-PAIRS_NOTE = (
-    "Every method (row) against every other (column) where both have the same target accuracy, that of the reference "
-    "or the highest that both reach: what it keeps more, and how many times smaller its KL is."
-)
 
 
 def matched_note(reference: str) -> str:
@@ -123,12 +119,23 @@ def kept_cells(study: Study) -> list[list[str]]:
     return [[method, *(f"{row[f'kept/{task}']:.2f}" for task in study.kept)] for method, row in figures.items()]
 
 
+def pairs_note(study: Study) -> str:
+    """What the table of ``pair_cells`` shows."""
+    fit = len(shown_methods(study)) == len(study.comparison.arms)
+    others = "every other" if fit else f"{study.reference} and the {SHOWN} best by area"
+    return (
+        f"Every method (row) against {others} (column) where both have the same target accuracy, that of the "
+        "reference or the highest that both reach: what it keeps more, and how many times smaller its KL is."
+        f"{'' if fit else ' All pairs: matches.csv.'}"
+    )
+
+
 def pair_cells(study: Study) -> list[list[str]]:
-    """Every method (row) against every other (column) as cells, after ``PAIRS_NOTE``."""
-    arms = study.comparison.arms
+    """Every method (row) against those that fit in the columns, ``shown_methods``, as cells."""
+    columns = shown_methods(study)
     return [
-        [name, *(_pair(arm.matches[other]) if other in arm.matches else "" for other in arms)]
-        for name, arm in arms.items()
+        [name, *(_pair(arm.matches[other]) if other in arm.matches else "" for other in columns)]
+        for name, arm in study.comparison.arms.items()
     ]
 
 
@@ -183,8 +190,8 @@ def markdown(studies: list[Study]) -> str:
     for study in studies:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
         parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
-        parts += [_table(["method", *study.kept], kept_cells(study)), f"{PAIRS_NOTE}\n"]
-        parts += [_table(["method", *study.comparison.arms], pair_cells(study))]
+        parts += [_table(["method", *study.kept], kept_cells(study)), f"{pairs_note(study)}\n"]
+        parts += [_table(["method", *shown_methods(study)], pair_cells(study))]
     return "\n".join(parts)
 
 
