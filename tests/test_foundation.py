@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from folora.base import open_base
 from folora.errors import FoLoRAError
-from folora.foundation import character_tokenizer, pin_foundation, train_foundation
+from folora.foundation import LOADING, character_tokenizer, pin_foundation, train_foundation
 from folora.params import OfflineFoundation, Params, PretrainedFoundation
 from folora.proxy import generate_proxy
 from folora.storage import read_json, read_table
@@ -105,7 +105,8 @@ def elsewhere(pipeline: Pipeline, tmp_path: Path) -> Path:
 
 
 def pin(source: Path, output: Path) -> Base:
-    pin_foundation(PretrainedFoundation(source="pretrained", model=str(source), revision=None), output)
+    section = PretrainedFoundation(source="pretrained", model=str(source), revision=None, loading=LOADING)
+    pin_foundation(section, output)
     return open_base(output)
 
 
@@ -140,7 +141,7 @@ def test_a_changed_file_is_noticed(file: str, field: str, elsewhere: Path, tmp_p
 
 
 def test_pinning_nothing_is_one_line(pipeline: Pipeline, save_params: SaveParams, refused: Refused) -> None:
-    section = {"source": "pretrained", "model": "no/where", "revision": None}
+    section = {"source": "pretrained", "model": "no/where", "revision": None, "loading": LOADING.model_dump()}
     params = save_params(pipeline.values() | {"foundation": section})
     line = refused("foundation", "--world", "world", "--threads", 1, "--params", params)
     assert line.startswith("foundation.model: 'no/where' is neither a folder here nor to be had from the hub")

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 from folora.errors import FoLoRAError
+from folora.foundation import LOADING
 from folora.methods import kinds
 from folora.params import Params, PretrainedFoundation, Section, load_params
 
@@ -117,9 +118,9 @@ def test_numbers_are_read_as_yaml_1_2(tmp_path: Path) -> None:
 
 
 def test_pretrained_foundation(tiny_values: dict[str, Any]) -> None:
-    section = {"source": "pretrained", "model": "somewhere", "revision": None}
+    section = {"source": "pretrained", "model": "somewhere", "revision": None, "loading": LOADING.model_dump()}
     foundation = Params.model_validate(changed(tiny_values, "foundation", section)).foundation
-    assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None)
+    assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None, loading=LOADING)
 
 
 def test_params_cannot_be_changed(tiny_params: Params) -> None:

@@ -155,7 +155,8 @@ class LoRAModel(AdaptedModel):
         for layer in self.layers:
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
-                self.linear(layer).weight.data = layer.weight - layer.scaling * layer.B @ layer.A
+                rest = layer.weight - layer.scaling * layer.B @ layer.A
+                self.linear(layer).weight.data = rest.to(layer.weight.dtype)
 
     @property
     def scalable(self) -> bool:
@@ -200,7 +201,18 @@ def _save_factors(config: Any, layers: list[LoRALayer], folder: Path) -> None:
 
 
 class DenseModel(AdaptedModel):
-    """A model whose linear layers change as a whole; a checkpoint holds their weights."""
+    """A model whose linear layers change as a whole; a checkpoint holds their weights.
+
+    Raises:
+        FoLoRAError: the weights are too coarse to be trained.
+    """
+
+    def __init__(self, model: Any, groups: list[LayerGroup]) -> None:
+        super().__init__(model, groups)
+        coarse = {layer.weight.dtype for layer in self.layers} - {torch.float32}
+        if coarse:
+            reason = f"this method trains the weights themselves, which {coarse.pop()} is too coarse for"
+            raise FoLoRAError(f"foundation.loading.dtype: {reason}: choose float32")
 
     @torch.no_grad()
     def save(self, folder: Path) -> None:
@@ -231,7 +243,11 @@ def add_lora(model: PreTrainedModel, context: Context, **options: Any) -> LoRAMo
         **options,
     )
     model.name_or_path = context.base.manifest["source"] or str(context.base.folder)
-    adapted = lora_model(get_peft_model(model, config), context.spectrum, weights)
+    wrapped = get_peft_model(model, config)
+    found = sum(NAME in getattr(module, "lora_A", {}) for module in wrapped.modules())
+    if found != len(weights):  # it matches names by their end
+        raise FoLoRAError(f"adapter.target_modules: PEFT adapts {found} layers, the spectrum has {len(weights)}")
+    adapted = lora_model(wrapped, context.spectrum, weights)
     adapted.task = context.task
     return adapted
 
@@ -286,7 +302,8 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Pre
     if (checkpoint / WEIGHTS_FILE).exists():
         weights, _ = read_tensors(checkpoint / WEIGHTS_FILE, artefact="weights")
         for name, weight in weights.items():
-            model.get_submodule(name).weight.data = weight
+            held: Any = model.get_submodule(name).weight
+            held.data = weight.to(held.device, held.dtype)
         return model
     try:
         if not isinstance(model, PeftModel):

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
+from folora.params import Loading
 from folora.storage import MANIFEST_FILE, Manifest, check_manifest, digest_of, digest_of_file, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
@@ -22,16 +24,22 @@ class Base:
 
     Attributes:
         folder: holds the weights and the tokenizer.
-        manifest: of the foundation stage; ``model`` and ``tokenizer`` are digests of the files' content.
+        manifest: of the foundation stage; ``model`` and ``tokenizer`` are digests of the files' content, ``loading``
+            says how they are loaded.
     """
 
     folder: Path
     manifest: Manifest
 
     @property
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """The manifest fields that every artefact made from this base carries."""
-        return {"model": self.manifest["model"], "tokenizer": self.manifest["tokenizer"]}
+        return {name: self.manifest[name] for name in ("model", "tokenizer", "loading")}
+
+    @property
+    def loading(self) -> Loading:
+        """How the model is loaded."""
+        return Loading.model_validate(self.manifest["loading"])
 
     @property
     def context(self) -> int | None:
@@ -48,30 +56,32 @@ class Base:
             raise FoLoRAError(f"{key}: {length} is more than the model's context of {self.context} tokens: lower it")
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer, which must have a BOS and an EOS token.
+        """Load the tokenizer, with a BOS, an EOS and a padding token.
 
         Raises:
-            FoLoRAError: a special token is missing.
+            FoLoRAError: BOS or EOS is missing.
         """
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        for token in ("bos_token", "eos_token"):
-            if getattr(tokenizer, f"{token}_id") is None:
-                raise FoLoRAError(f"{self.folder}: its tokenizer has no {token}: choose a model that has one")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return load_tokenizer(self.folder, self.loading)
 
     def load_model(self) -> PreTrainedModel:
-        """Load the weights in float32, ready for evaluation."""
+        """Load the weights, ready for evaluation, every linear layer as ``torch.nn.Linear``.
+
+        Raises:
+            FoLoRAError: the device is not to be had.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
-        # eager attention beats the fused kernel on a CPU at these short lengths
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        loading = self.loading
+        check_device(loading.device)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            dtype=getattr(torch, loading.dtype),
+            attn_implementation=loading.attention,
+            trust_remote_code=loading.trust_remote_code,
+        )
+        with_plain_layers(model)
+        return model.to(loading.device).eval()
 
 
 def open_base(path: Path) -> Base:
@@ -82,8 +92,9 @@ def open_base(path: Path) -> Base:
     """
     manifest = read_json(path / MANIFEST_FILE)
     check_manifest(path, manifest, artefact="foundation")
-    folder = pinned_folder(manifest["source"], manifest["commit"]) if manifest["source"] else path
-    found = digests(folder)
+    code = manifest["loading"]["trust_remote_code"]
+    folder = pinned_folder(manifest["source"], manifest["commit"], code=code) if manifest["source"] else path
+    found = digests(folder, code=code)
     for field in ("model", "tokenizer"):
         if found[field] != manifest[field]:
             raise FoLoRAError(
@@ -92,14 +103,18 @@ def open_base(path: Path) -> Base:
     return Base(folder, manifest)
 
 
-def digests(folder: Path) -> dict[str, Any]:
+def digests(folder: Path, *, code: bool = False) -> dict[str, Any]:
     """Digests of the weight and tokenizer files of a model folder, and of each file.
+
+    Args:
+        folder: of the model.
+        code: whether Python files belong to the model.
 
     Raises:
         FoLoRAError: there are no safetensors weights or no tokenizer.
     """
     result: dict[str, Any] = {}
-    for field, patterns in (("model", WEIGHT_PATTERNS), ("tokenizer", TOKENIZER_PATTERNS)):
+    for field, patterns in (("model", model_patterns(code=code)), ("tokenizer", TOKENIZER_PATTERNS)):
         files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
         result[f"{field}_files"] = {file.name: digest_of_file(file) for file in files}
         result[field] = digest_of(result[f"{field}_files"])
@@ -110,7 +125,12 @@ def digests(folder: Path) -> dict[str, Any]:
     return result
 
 
-def pinned_folder(source: str, revision: str | None) -> Path:
+def model_patterns(*, code: bool) -> tuple[str, ...]:
+    """The files that a model consists of, with or without Python code of its own."""
+    return (*WEIGHT_PATTERNS, "*.py") if code else WEIGHT_PATTERNS
+
+
+def pinned_folder(source: str, revision: str | None, *, code: bool = False) -> Path:
     """The local folder of a model: itself, or the hub's snapshot of it.
 
     Raises:
@@ -121,11 +141,92 @@ def pinned_folder(source: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [*model_patterns(code=code), *TOKENIZER_PATTERNS]
     try:
-        patterns = [*WEIGHT_PATTERNS, *TOKENIZER_PATTERNS]
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FoLoRAError(
             f"foundation.model: {source!r} is neither a folder here nor to be had from the hub: {reason}"
         ) from error
+
+
+def check_model(folder: Path, loading: Loading) -> None:
+    """See that a folder holds a causal language model that can be adapted, without reading its weights.
+
+    Raises:
+        FoLoRAError: it is a model of another kind, quantised, of unknown or untrusted code, or the device or a special
+            token is missing.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    check_device(loading.device)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise FoLoRAError(f"{folder}: its weights are quantised: name the model that they were made from")
+    if not hasattr(config, "auto_map"):  # code of its own says itself what it is
+        made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        named = config.architectures or []
+        if made is None or config.is_encoder_decoder or (named and made.__name__ not in named):
+            what = ", ".join(named) or type(config).__name__
+            raise FoLoRAError(f"{folder}: is a {what}, not a causal language model: name one that is")
+    load_tokenizer(folder, loading)
+
+
+def check_device(device: str) -> None:
+    """See that a device is there.
+
+    Raises:
+        FoLoRAError: it is not.
+    """
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise FoLoRAError("foundation.loading.device: torch finds no CUDA device here: take cpu, or a GPU machine")
+
+
+def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; EOS pads where it has no padding token.
+
+    Raises:
+        FoLoRAError: it has no EOS, no BOS and none is named, or does not know the one that is.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise FoLoRAError(f"{folder}: its tokenizer has no eos_token: choose a model that has one")
+    if loading.bos_token is not None:
+        if loading.bos_token not in tokenizer.get_vocab():
+            raise FoLoRAError(f"foundation.loading.bos_token: {loading.bos_token!r} is no token of {folder}")
+        tokenizer.bos_token = loading.bos_token
+    if tokenizer.bos_token_id is None:
+        advice = "name a token that every text may begin with, such as its <|endoftext|>"
+        raise FoLoRAError(f"foundation.loading.bos_token: the tokenizer of {folder} has no bos_token: {advice}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def with_plain_layers(model: PreTrainedModel) -> None:
+    """Turn every ``Conv1D`` of GPT-2 and its kin into the ``torch.nn.Linear`` that computes the same, in place.
+
+    Adapters made on it fit the original: LoRA's factors do not depend on how W is stored.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            linear = torch.nn.Linear(inputs, outputs, device="meta")
+            linear.weight = torch.nn.Parameter(module.weight.detach().mT.contiguous())
+            linear.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            holder: nn.Module = model.get_submodule(parent)
+            setattr(holder, child, linear)

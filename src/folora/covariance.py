@@ -48,7 +48,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     text = CountedText(token_ids, loss_masks, positions, settings.batch_size, base.load_tokenizer().pad_token_id)
     model = base.load_model()
     layers = adapted_layers(model, params.adapter.target_modules)
-    groups = input_groups(model, layers, torch.tensor([token_ids[0]]))
+    groups = input_groups(model, layers, torch.tensor([token_ids[0]], device=model.device))
     moments = text.moments(model, {leader: layers[leader] for leader in groups})
     if not moments.tokens:
         raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
@@ -89,7 +89,8 @@ class CountedText:
     def moments(self, model: Any, layers: dict[str, nn.Linear]) -> Moments:
         """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text."""
         with collect(layers) as collector:
-            for input_ids, mask, rows in tqdm(batches(self.token_ids, self.batch_size, self.padding), "covariance"):
+            made = batches(self.token_ids, self.batch_size, self.padding, model.device)
+            for input_ids, mask, rows in tqdm(made, "covariance"):
                 collector.select(mask & self._counted(mask, rows))
                 model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
         return collector.moments
@@ -102,7 +103,7 @@ class CountedText:
             assert self.loss_masks is not None, "params.py allows response positions for the task only"
             length = mask.shape[1]
             padded = [self.loss_masks[row] + [False] * (length - len(self.loss_masks[row])) for row in rows]
-            counted = torch.tensor(padded)
+            counted = torch.tensor(padded, device=mask.device)
         return counted
 
 

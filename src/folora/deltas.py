@@ -90,7 +90,7 @@ class DenseLayer:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(ΔW, I)."""
-        change = self.current() - self.weight
+        change = (self.current() - self.weight).float()
         return change, torch.eye(change.shape[1], dtype=change.dtype, device=change.device)
 
     def moved(self) -> bool:

@@ -35,9 +35,9 @@ def directions(name: BasisName, penalty: Tensor, utility: Tensor, *, seed: int =
         return V / V.norm(dim=0)
     if name == "random":
         noise = torch.randn(d, d, dtype=penalty.dtype, generator=torch.Generator().manual_seed(seed))
-        return torch.linalg.qr(noise)[0]
+        return torch.linalg.qr(noise)[0].to(penalty.device)
     if name == "identity":
-        return torch.eye(d, dtype=penalty.dtype)
+        return torch.eye(d, dtype=penalty.dtype, device=penalty.device)
     symmetric = {"penalty": penalty, "utility": utility, "difference": utility - penalty}[name]
     return torch.linalg.eigh(symmetric)[1]
 

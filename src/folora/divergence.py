@@ -45,7 +45,7 @@ class HeldOutText:
     def __init__(self, base: PreTrainedModel, rows: list[list[int]], batch_size: int, padding: int) -> None:
         if not any(len(row) > 1 for row in rows):
             raise FoLoRAError("the held-out proxy text has no token to predict: raise proxy.max_length")
-        self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding)]
+        self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding, base.device)]
         self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
 
     def measure(self, model: PreTrainedModel | PeftModel) -> Divergence:

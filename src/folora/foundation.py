@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
-from folora.base import digests, pinned_folder
+from folora.base import check_model, digests, pinned_folder
 from folora.errors import FoLoRAError
-from folora.storage import FORMAT, MANIFEST_FILE, publish, write_json
+from folora.params import Loading
+from folora.storage import FORMAT, MANIFEST_FILE, Manifest, publish, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.6  # the learning rate falls linearly to zero over this last part of the steps
 CLIP_NORM = 1.0
+LOADING = Loading(device="cpu", dtype="float32", attention="eager", bos_token=None, trust_remote_code=False)
 
 
 def train_foundation(settings: OfflineFoundation, world: World, output: Path) -> None:
@@ -40,22 +42,28 @@ def train_foundation(settings: OfflineFoundation, world: World, output: Path) ->
         tokenizer.save_pretrained(folder)
         write_json(
             folder / MANIFEST_FILE,
-            {"format": FORMAT, "artefact": "foundation", "source": None, "commit": None, **digests(folder)}
-            | {"foundation": settings.model_dump(), "world": world.model_dump()},
+            _manifest(folder, LOADING, None, None) | {"foundation": settings.model_dump(), "world": world.model_dump()},
         )
 
 
 def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
-    """Write a manifest that pins an existing model: its source, commit and the digest of every file."""
-    folder = pinned_folder(settings.model, settings.revision)
+    """Write a manifest that pins an existing model: its source, commit and the digest of every file.
+
+    Raises:
+        FoLoRAError: there is no such model, or it cannot be adapted.
+    """
+    folder = pinned_folder(settings.model, settings.revision, code=settings.loading.trust_remote_code)
+    check_model(folder, settings.loading)
     # the hub keeps a snapshot in a folder named after its commit
     commit = folder.name if folder.parent.name == "snapshots" else settings.revision
     with publish(output) as partial:
         partial.mkdir()
-        write_json(
-            partial / MANIFEST_FILE,
-            {"format": FORMAT, "artefact": "foundation", "source": settings.model, "commit": commit} | digests(folder),
-        )
+        write_json(partial / MANIFEST_FILE, _manifest(folder, settings.loading, settings.model, commit))
+
+
+def _manifest(folder: Path, loading: Loading, source: str | None, commit: str | None) -> Manifest:
+    about = {"format": FORMAT, "artefact": "foundation", "source": source, "commit": commit}
+    return about | {"loading": loading.model_dump()} | digests(folder, code=loading.trust_remote_code)
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

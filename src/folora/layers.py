@@ -101,7 +101,9 @@ def hooked(layers: dict[str, nn.Linear], make: Callable[[str], Hook]) -> Iterato
             handle.remove()
 
 
-def batches(rows: list[list[int]], size: int, padding: int) -> Iterator[tuple[Tensor, Tensor, range]]:
+def batches(
+    rows: list[list[int]], size: int, padding: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor, range]]:
     """Right-padded batches of token rows.
 
     Yields:
@@ -110,6 +112,6 @@ def batches(rows: list[list[int]], size: int, padding: int) -> Iterator[tuple[Te
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
         length = max(map(len, chunk))
-        input_ids = torch.tensor([row + [padding] * (length - len(row)) for row in chunk])
-        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in chunk])
+        input_ids = torch.tensor([row + [padding] * (length - len(row)) for row in chunk], device=device)
+        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in chunk], device=device)
         yield input_ids, mask, range(start, start + len(chunk))

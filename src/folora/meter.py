@@ -26,7 +26,8 @@ def change(layer: Layer, moment: Tensor) -> Tensor:
 
 def output_energy(layer: Layer, moment: Tensor) -> Tensor:
     """tr(W C Wᵀ) = E‖W x‖² of one layer, a scalar."""
-    return ((layer.weight @ moment) * layer.weight).sum()
+    weight = layer.weight.float()
+    return ((weight @ moment) * weight).sum()
 
 
 class ForgettingMeter:

@@ -68,12 +68,28 @@ class OfflineFoundation(Section):
         return self
 
 
+class Loading(Section):
+    """How every stage loads the base model."""
+
+    device: Annotated[Literal["cpu", "cuda"], Field(description="where it runs")]
+    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of the frozen weights; the adapter is float32")]
+    attention: Annotated[
+        Literal["eager", "sdpa", "flash_attention_2"],
+        Field(description="implementation; eager is fastest for short rows on a CPU"),
+    ]
+    bos_token: Annotated[
+        str | None, Field(description="what every text begins with, for a tokenizer without a BOS token of its own")
+    ]
+    trust_remote_code: Annotated[bool, Field(description="whether code from the model's repository may run here")]
+
+
 class PretrainedFoundation(Section):
     """A model that exists: a hub id with its revision, or a local folder."""
 
     source: Literal["pretrained"]
     model: Annotated[str, Field(description="hub id, or a local folder")]
     revision: Annotated[str | None, Field(description="branch, tag or commit on the hub; its commit is pinned")]
+    loading: Loading
 
 
 class Task(Section):

@@ -10,7 +10,7 @@ LoRA's A is exact and static. Float64 throughout; C_p is never inverted.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +66,16 @@ class LayerSpectrum:
     proxy_fourth: float
     health: dict[str, Any]
 
+    def to(self, device: torch.device) -> LayerSpectrum:
+        """The same on a device."""
+        return replace(
+            self,
+            basis=self.basis.to(device),
+            eigenvalues=self.eigenvalues.to(device),
+            penalty=self.penalty.to(device),
+            utility=self.utility.to(device),
+        )
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -83,6 +93,10 @@ class Spectrum:
     def layers(self) -> list[str]:
         """Names of all layers."""
         return [name for names in self.groups.values() for name in names]
+
+    def to(self, device: torch.device) -> Spectrum:
+        """The same on a device."""
+        return Spectrum({name: one.to(device) for name, one in self.inputs.items()}, self.groups)
 
 
 def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: float | ShrinkageName) -> Spectrum:
@@ -143,7 +157,7 @@ def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:
     visits from getting λ = ∞ out of under-sampling alone.
     """
     d = moment.shape[0]
-    identity = torch.eye(d, dtype=moment.dtype)
+    identity = torch.eye(d, dtype=moment.dtype, device=moment.device)
     return (1 - shrinkage) * moment * (d / moment.trace()) + shrinkage * identity
 
 
@@ -187,7 +201,7 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
     d = V.shape[0]
     scale = math.sqrt(d) / V.norm()  # c = √(d / tr C_p⁻¹), since ‖V‖² = tr C_p⁻¹
     residual = (C_t @ V - C_p @ V * eigenvalues).norm() / (C_t @ V).norm()
-    orthonormality = (V.mT @ C_p @ V - torch.eye(d, dtype=V.dtype)).abs().max()
+    orthonormality = (V.mT @ C_p @ V - torch.eye(d, dtype=V.dtype, device=V.device)).abs().max()
     penalty_spectrum = torch.linalg.eigvalsh(normalise(penalty)).clamp_min(0)
     health = {
         "width": d,

@@ -152,8 +152,9 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
     from transformers import DynamicCache
 
     samples = [Sample([bos], [], finished=False) for _ in uniforms]
-    active = torch.arange(len(samples))
-    tokens = torch.full((len(samples), 1), bos)
+    uniforms = uniforms.to(model.device)
+    active = torch.arange(len(samples), device=model.device)
+    tokens = torch.full((len(samples), 1), bos, device=model.device)
     cache = DynamicCache()
     for step in range(uniforms.shape[1]):
         logits = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

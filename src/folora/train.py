@@ -1,7 +1,7 @@
 """The train stage: one run, from the frozen base model to a LoRA adapter, its checkpoints and its history.
 
 A run folder holds ``adapter/`` (the result), ``checkpoints/STEP/`` (the last one equals the result),
-``history.parquet`` and ``manifest.json``.
+``history.parquet``, ``coverage.json`` (what of the model is adapted) and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 
 from folora.adapter import AdaptedModel, Context
 from folora.covariance import CountedText
+from folora.coverage import COVERAGE_FILE, coverage, print_coverage
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.objective import Objective
@@ -77,6 +78,9 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
     bare = base.load_model()
+    spectrum = spectrum.to(bare.device)
+    covered = coverage(bare, spectrum.layers)
+    print_coverage(covered)
     method = params.methods[run.method]
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
@@ -104,6 +108,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         size = sum(parameter.numel() for parameter in adapted.trained)
         about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
         write_table(folder / "history.parquet", recorder.table(), about)
+        write_json(folder / COVERAGE_FILE, [vars(one) for one in covered])
         write_json(folder / MANIFEST_FILE, manifest)
         if peft_adapter(folder):
             log.adapter(folder / "adapter", rows.steps)
@@ -190,6 +195,7 @@ class ObjectiveTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         """None: nothing here reads the estimate, and making it walks over all parameters at every step."""
+        del inputs
         return 0
 
 
@@ -221,7 +227,7 @@ def fit(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             disable_tqdm=not sys.stderr.isatty(),
-            use_cpu=not torch.cuda.is_available(),
+            use_cpu=adapted.model.device.type == "cpu",
             seed=run.seed,
             include_num_input_tokens_seen="non_padding",
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from folora.commands import EVALUATIONS, RUNS
+from folora.console import print_table
 
 if TYPE_CHECKING:
     from folora.commands.forget import Forgetting
@@ -33,7 +34,7 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(kinds)
     else:
-        _print_table(columns, [[kind[name] for name in columns] for kind in kinds])
+        print_table(columns, [[kind[name] for name in columns] for kind in kinds])
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora params proxy")
@@ -51,7 +52,7 @@ def params(
     elif as_markdown:
         print(markdown(entries), end="")
     else:
-        _print_table(HEAD, [entry.cells() for entry in entries])
+        print_table(HEAD, [entry.cells() for entry in entries])
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora use controls && dvc repro")
@@ -113,7 +114,7 @@ def compare(
     if as_json:
         _print_json(pair.as_json())
     else:
-        _print_table(["", first, second, "difference"], pair.rows())
+        print_table(["", first, second, "difference"], pair.rows())
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora cost --json")
@@ -126,8 +127,8 @@ def cost(runs: Runs = RUNS, as_json: AsJson = False, params_file: ParamsFile = D
     if as_json:
         _print_json({"stages": [vars(one) for one in stages], "methods": [vars(one) for one in methods]})
     else:
-        _print_table(StageCost.HEAD, [one.cells() for one in stages])
-        _print_table(MethodCost.HEAD, [one.cells() for one in methods])
+        print_table(StageCost.HEAD, [one.cells() for one in stages])
+        print_table(MethodCost.HEAD, [one.cells() for one in methods])
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")
@@ -225,7 +226,7 @@ def clean(
     if as_json:
         _print_json([{**vars(left), "path": str(left.path)} for left in leftovers])
     elif leftovers:
-        _print_table(
+        print_table(
             ["path", "why", "MB"], [[str(left.path), left.reason, f"{left.size / 1e6:.1f}"] for left in leftovers]
         )
         for stage in stages_that_read(leftovers):
@@ -244,27 +245,16 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _print_table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich import box
-    from rich import print as show
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    show(table)
-
-
 def _print_forgetting(found: Forgetting) -> None:
     perplexities = f"perplexity {found.perplexity:.3f} (base {found.base_perplexity:.3f})"
     print(f"KL to the base {found.kl:.4f} nats per token, {perplexities}")
     if found.kept:
         kept = [[name, f"{before:.3f}", f"{after:.3f}"] for name, (before, after) in found.kept.items()]
-        _print_table(["kept task", "base", "adapted"], kept)
+        print_table(["kept task", "base", "adapted"], kept)
     if found.layers:
         rows = [(layer.layer, layer.penalty, layer.utility) for layer in found.layers]
         rows.append(("mean", found.mean("penalty"), found.mean("utility")))
         shown = [[name, f"{penalty:.2e}", f"{utility:.2e}"] for name, penalty, utility in rows]
-        _print_table(["relative change of", "penalty", "utility"], shown)
+        print_table(["relative change of", "penalty", "utility"], shown)
     if found.unmeasured:
         print(f"not measured layer by layer: {', '.join(found.unmeasured)}")

@@ -60,15 +60,15 @@ def fisher_information(model: PreTrainedModel, names: list[str], rows: list[list
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    totals = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    totals = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     tokens = 0
     for row in rows:
-        ids = torch.tensor([row])
+        ids = torch.tensor([row], device=weights[names[0]].device)
         loss = model(input_ids=ids, labels=ids).loss * (len(row) - 1)  # the log-likelihood of the whole sequence
         gradients = torch.autograd.grad(loss, list(weights.values()))
         tokens += len(row) - 1
         for total, gradient in zip(totals.values(), gradients, strict=True):
-            total.add_(gradient.square())
+            total.add_(gradient.float().square())
     for weight in weights.values():
         weight.requires_grad_(False)
     return {name: total / tokens for name, total in totals.items()}

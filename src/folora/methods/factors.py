@@ -56,11 +56,12 @@ def singular_factors(matrix: Tensor, rank: int, scaling: float, *, last: bool = 
         last: whether the smallest singular values are taken.
 
     Returns:
-        (A (r, d), B (m, r)), in the matrix's type.
+        (A (r, d), B (m, r)), float32 at least.
     """
     import torch
 
-    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    precise = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    U, S, Vh = torch.linalg.svd(precise, full_matrices=False)
     chosen = slice(-rank, None) if last else slice(0, rank)
     root = (S[chosen] / scaling).sqrt()
     return root[:, None] * Vh[chosen], U[:, chosen] * root

@@ -55,5 +55,6 @@ def gated_start(A: Tensor, directions: Tensor, weights: Tensor) -> None:
     import torch
 
     with torch.no_grad():
-        start = (torch.randn(A.shape[0], len(weights)) * weights) @ directions.mT
+        noise = torch.randn(A.shape[0], len(weights)).to(weights.device)  # drawn alike on every device
+        start = (noise * weights) @ directions.mT
         A.copy_(start * math.sqrt(A.shape[0] / 3) / start.norm())

@@ -49,4 +49,4 @@ class AdamNSCL(GatedMethod):
         import torch
 
         Q = self.null_space(group)
-        return Q, torch.ones(Q.shape[1])
+        return Q, torch.ones(Q.shape[1], device=Q.device)

@@ -39,7 +39,7 @@ class OPLoRA(Method):
         adapted = super().adapt(model, context)
         modules: dict[str, Any] = dict(adapted.model.get_base_model().named_modules())
         for layer in adapted.layers:
-            U, _, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+            U, _, Vh = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
             k = min(self.preserved, len(Vh) - 1)
             layer.projectors = _complement(U[:, :k]), _complement(Vh[:k].mT)
             lora = modules[layer.name]
@@ -56,4 +56,4 @@ def _complement(columns: Tensor) -> Tensor:
     """I - Q Qᵀ of orthonormal columns Q (n, k): (n, n)."""
     import torch
 
-    return torch.eye(columns.shape[0], dtype=columns.dtype) - columns @ columns.mT
+    return torch.eye(columns.shape[0], dtype=columns.dtype, device=columns.device) - columns @ columns.mT
