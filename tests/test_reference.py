@@ -67,7 +67,7 @@ def test_bounds_defaults_and_meanings() -> None:
     [
         ("proxy", "proxy.seed", "proxy.batch_size"),
         ("runs.NAME", "runs.NAME.task", "runs.NAME.seed"),
-        ("foundation", "foundation.source", "foundation (pretrained).revision"),
+        ("foundation", "foundation.source", "foundation (pretrained).loading.trust_remote_code"),
         ("train.steps", "train.steps", "train.steps"),
     ],
 )

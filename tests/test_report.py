@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.report import write_report
+from folora.report.text import MEANS_NOTE
 from folora.storage import digest_of_file, read_json, read_table, write_table
 
 if TYPE_CHECKING:
@@ -199,6 +200,13 @@ def test_several_adaptations_are_averaged(tmp_path: Path) -> None:
     assert found["arms"]["folora-replay"]["kl"] == pytest.approx(0.3)
     assert [one["arms"]["lora"]["target"] for one in found["adaptations"].values()] == pytest.approx([0.6, 0.7])
     assert found["base"]["kept"] == pytest.approx(0.9)
+    assert "kl" not in found["base"]
+    gains = [one["arms"]["folora-replay"]["matched_kept_gain"] for one in found["adaptations"].values()]
+    assert found["arms"]["folora-replay"]["matched_kept_gain"] == pytest.approx(sum(gains) / 2)
+    _, _, means = (tmp_path / "report" / "summary.md").read_text().partition("### Mean\n")
+    assert "| lora | 0.65 |" in means
+    assert "| folora-replay |" in means
+    assert MEANS_NOTE in (tmp_path / "report" / "index.html").read_text()
     assert len((tmp_path / "report" / "summary.txt").read_text().splitlines()) <= 30
     assert {row["adaptation"] for row in read_csv(tmp_path / "report" / "kept.csv")} == {"x", "y"}
 

@@ -41,6 +41,7 @@ def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict
     specs = {f"{name}-{i}": _json(chart) for i, drawn in enumerate(charts) for name, chart in drawn.items()}
     return environment.get_template("page.html.j2").render(
         studies=[_sections(params, inputs, study) for study in studies],
+        means=text.mean_cells(studies),
         text=text,
         reference=params.report.reference,
         resamples=RESAMPLES,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COSTS = ("trainable", "export", "rank", "bytes")
 METRICS = ("target", "kept", "kl", "perplexity")
+AVERAGED = (*METRICS, "matched_kept_gain")  # a rate or a matched target accuracy has no meaning across adaptations
 BEYOND = ("hypervolume", "matched_kept_gain_low", "matched_kept_gain_high")  # what metrics.json also has of an arm
 
 
@@ -56,12 +57,9 @@ def metrics(studies: list[Study]) -> dict[str, Any]:
     each = {study.name: _metrics(study) for study in studies}
     if len(each) == 1:
         return each[studies[0].name]
-    shared = [method for method in studies[0].comparison.arms if all(method in one["arms"] for one in each.values())]
-    return {
-        "base": _means([one["base"] for one in each.values()]),
-        "arms": {method: _means([one["arms"][method] for one in each.values()]) for method in shared},
-        "adaptations": each,
-    }
+    arms = {row.pop("method"): row for row in mean_rows(studies)}
+    base = {name: value for name, value in arms.pop(BASE).items() if name != "kl"}
+    return {"base": base, "arms": arms, "adaptations": each}
 
 
 def _metrics(study: Study) -> dict[str, Any]:
@@ -73,9 +71,17 @@ def _metrics(study: Study) -> dict[str, Any]:
     return {"base": {name: study.base[name] for name in METRICS if name != "kl"}, "arms": arms}
 
 
-def _means(tables: list[dict[str, Any]]) -> dict[str, float]:
-    """Key-wise means of the figures; rates and matches differ between adaptations and stay with them."""
-    return {name: fmean(t[name] for t in tables) for name in METRICS if name in tables[0]}
+def mean_rows(studies: list[Study]) -> list[Record]:
+    """One row for the base model and each method that ran on every adaptation: means of its figures over them."""
+    shared = [name for name in studies[0].comparison.arms if all(name in study.comparison.arms for study in studies)]
+    each = {method: [arm_row(study, method) for study in studies] for method in (BASE, *shared)}
+    return [{"method": method, **_means(rows)} for method, rows in each.items()]
+
+
+def _means(rows: list[Record]) -> dict[str, float]:
+    """Means of the figures that all rows have."""
+    names = [name for name in AVERAGED if all(row.get(name) is not None for row in rows)]
+    return {name: fmean(row[name] for row in rows) for name in names}
 
 
 def match_rows(studies: list[Study]) -> list[Record]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from folora.comparison import BASE
-from folora.report.tables import arm_row
+from folora.report.tables import arm_row, mean_rows
 from folora.report.verdict import verdict
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ ARMS: Columns = {
     "ratio*": ("matched_kl_ratio", 1),
 }
 TERMINAL: Columns = {title: column for title, column in ARMS.items() if title not in ("perplexity", "kept*")}
+MEANS: Columns = {title: ARMS[title] for title in ("method", "target", "kept", "KL", "perplexity", "gain*")}
+MEANS_NOTE = "Means over the adaptations, of the methods that ran on each of them, at the best rate of each."
 SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
 WIDTH = 100
 
@@ -85,6 +87,11 @@ def _cell(row: Record, key: str, digits: int, *, intervals: bool) -> str:
 def arm_cells(study: Study) -> list[list[str]]:
     """The base model and every method as cells, after ``ARMS``."""
     return [cells(arm_row(study, method), ARMS, intervals=True) for method in (BASE, *study.comparison.arms)]
+
+
+def mean_cells(studies: list[Study]) -> list[list[str]]:
+    """The base model and the methods that ran on every adaptation as cells, after ``MEANS``; none of one adaptation."""
+    return [cells(row, MEANS) for row in mean_rows(studies)] if len(studies) > 1 else []
 
 
 def difference_cells(study: Study) -> list[list[str]]:
@@ -192,6 +199,8 @@ def markdown(studies: list[Study]) -> str:
         parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
         parts += [_table(["method", *study.kept], kept_cells(study)), f"{pairs_note(study)}\n"]
         parts += [_table(["method", *shown_methods(study)], pair_cells(study))]
+    if len(studies) > 1:
+        parts += ["### Mean\n", f"{MEANS_NOTE}\n", _table(list(MEANS), mean_cells(studies))]
     return "\n".join(parts)
 
 
