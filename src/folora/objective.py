@@ -37,7 +37,6 @@ class Objective:
 
     def __call__(self, model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         """The scalar loss of a batch of ``input_ids``, ``attention_mask`` and ``labels``, each (batch, length)."""
-        base = self._adapted.base_logits(batch)[:, :-1] if self._distil or self._mask_target else None
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         learned = labels >= 0
@@ -45,15 +44,22 @@ class Objective:
         scores = torch.log_softmax(logits[learned].float(), dim=-1)  # (tokens, vocabulary)
         losses = -scores.gather(1, targets[:, None])[:, 0]
         extra = self._adapted.regulariser() if self._adapted.regulariser else 0.0
-        if base is not None:
-            base_scores = torch.log_softmax(base[learned].float(), dim=-1)
-            of_task = learned.nonzero()[:, 0] < self._task_rows
-            if self._distil:
-                losses = torch.where(of_task, losses, divergence(base_scores, scores))
-            if self._mask_target:
-                masked = masked_divergence(base_scores[of_task], scores[of_task], targets[of_task])
-                extra = extra + self._mask_target * masked.mean()
+        # the tokens of the task come first; plain losses are spared the wait for a GPU to count them
+        of_task = int(learned[: self._task_rows].sum()) if self._distil or self._mask_target else 0
+        if self._distil:
+            kept = divergence(self._base_scores(batch, learned, slice(self._task_rows, None)), scores[of_task:])
+            losses = torch.cat([losses[:of_task], kept])
+        if self._mask_target:
+            base = self._base_scores(batch, learned, slice(self._task_rows))
+            masked = masked_divergence(base, scores[:of_task], targets[:of_task])
+            extra = extra + self._mask_target * masked.mean()
         return losses.mean() + extra
+
+    def _base_scores(self, batch: Mapping[str, Tensor], learned: Tensor, rows: slice) -> Tensor:
+        """The base model's log-probabilities at the learned tokens of some rows, (tokens, vocabulary)."""
+        some = {name: batch[name][rows] for name in ("input_ids", "attention_mask")}
+        logits = self._adapted.base_logits(some)[:, :-1]
+        return torch.log_softmax(logits[learned[rows]].float(), dim=-1)
 
 
 def divergence(base: Tensor, adapted: Tensor) -> Tensor:
