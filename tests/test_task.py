@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from folora.base import digests, open_base
 from folora.errors import FoLoRAError
-from folora.storage import read_table
-from folora.task import prepare_task
+from folora.params import Task
+from folora.storage import read_json, read_table, write_json
+from folora.task import TokenRow, packed, prepare_task
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +28,7 @@ if TYPE_CHECKING:
 ROWS = [{"question": "27-15", "answer": "12"}, {"question": 'up("a, b")', "answer": '"AB"'}]
 
 
-def write_rows(rows: list[dict[str, str]], path: Path) -> Path:
-    import json
-
+def write_rows(rows: list[dict[str, Any]], path: Path) -> Path:
     table = pa.Table.from_pylist(rows)
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".parquet":
@@ -48,7 +52,7 @@ def test_templates_and_mask(tiny_base: Base, tiny_params: Params, tmp_path: Path
     templates = {"prompt": "max {{ question.upper().lower() }}>", "response": "{{ answer }}!"}
     rows = prepare(tiny_base, tiny_params, tmp_path / "out", data, **templates)
     tokenizer = tiny_base.load_tokenizer()
-    for row, given in zip(rows, ROWS, strict=True):
+    for row, source in zip(rows, ROWS, strict=True):
         ids, mask = row["input_ids"], row["loss_mask"]
         assert len(ids) == len(mask)
         assert ids[0] == tokenizer.bos_token_id
@@ -56,8 +60,8 @@ def test_templates_and_mask(tiny_base: Base, tiny_params: Params, tmp_path: Path
         prompt = [i for i, counts in zip(ids, mask, strict=True) if not counts]
         response = [i for i, counts in zip(ids, mask, strict=True) if counts]
         assert ids == prompt + response
-        assert tokenizer.decode(prompt) == f"<s>max {given['question']}>"
-        assert tokenizer.decode(response) == f"{given['answer']}!</s>"
+        assert tokenizer.decode(prompt) == f"<s>max {source['question']}>"
+        assert tokenizer.decode(response) == f"{source['answer']}!</s>"
 
 
 @pytest.mark.parametrize("name", ["data.csv", "data.parquet", "folder/train.jsonl", "folder/train.csv"])
@@ -129,3 +133,149 @@ def test_max_length_is_inclusive(tiny_base: Base, tiny_params: Params, tmp_path:
     assert len(row["input_ids"]) == length
     with pytest.raises(FoLoRAError, match=f"have {length} tokens, more than max_length {length - 1}"):
         prepare(tiny_base, tiny_params, tmp_path / "out", data, max_length=length - 1)
+
+
+# what is learned, how long rows may be
+def test_learning_all_spares_bos_only(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS, tmp_path / "data.jsonl")
+    for row in prepare(tiny_base, tiny_params, tmp_path / "out", data, learn="all"):
+        assert row["loss_mask"] == [False, *[True] * (len(row["input_ids"]) - 1)]
+
+
+def test_rows_are_the_first(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS, tmp_path / "data.jsonl")
+    every = prepare(tiny_base, tiny_params, tmp_path / "every", data, rows=5)
+    assert prepare(tiny_base, tiny_params, tmp_path / "one", data, rows=1) == every[:1]
+    assert len(every) == len(ROWS)
+
+
+def test_long_rows_are_dropped_or_cut_and_counted(
+    tiny_base: Base, tiny_params: Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row fits, one loses a part of its response, and one all of it."""
+    rows = [{"question": q, "answer": a} for q, a in (("1", "2"), ("11", "222222"), ("1" * 9, "2"))]
+    data, limit = write_rows(rows, tmp_path / "data.jsonl"), 8
+    options = {"max_length": limit, "too_long": "drop"}
+    whole = prepare(tiny_base, tiny_params, tmp_path / "whole", data, max_length=20)
+    assert prepare(tiny_base, tiny_params, tmp_path / "dropped", data, **options) == whole[:1]
+    assert "3 rows, 2 dropped, 0 cut: 1 sequences" in capsys.readouterr().out
+    options["too_long"] = "truncate"
+    cut = prepare(tiny_base, tiny_params, tmp_path / "cut", data, **options)
+    assert cut == [whole[0], {name: values[:limit] for name, values in whole[1].items()}]
+    manifest = read_table(tmp_path / "cut")[1]
+    assert {name: manifest[name] for name in ("rows", "dropped", "cut")} == {"rows": 3, "dropped": 1, "cut": 1}
+    write_rows(rows[2:], data)
+    with pytest.raises(FoLoRAError, match="no row fits max_length 8: raise it"):
+        prepare(tiny_base, tiny_params, tmp_path / "none", data, **options)
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1), limit=st.integers(9, 20))
+def test_packing_keeps_every_token_in_order(lengths: list[int], limit: int) -> None:
+    rows = [TokenRow(list(range(n)), [i % 2 == 0 for i in range(n)]) for n in lengths]
+    joined = packed(rows, limit)
+    assert [i for row in joined for i in row.ids] == [i for row in rows for i in row.ids]
+    assert [c for row in joined for c in row.learned] == [c for row in rows for c in row.learned]
+    assert all(0 < len(row) <= limit for row in joined)
+    for row, following in pairwise(joined):
+        first = following.ids[1:].index(0) + 1 if 0 in following.ids[1:] else len(following)
+        assert len(row) + first > limit
+
+
+def test_packed_rows_share_sequences(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS, tmp_path / "data.jsonl")
+    apart = prepare(tiny_base, tiny_params, tmp_path / "apart", data)
+    (row,) = prepare(tiny_base, tiny_params, tmp_path / "packed", data, packing=True, max_length=64)
+    assert row["input_ids"] == [i for one in apart for i in one["input_ids"]]
+
+
+# chats
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+    "{{ m.role[0] }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}a>{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": "1-1"},
+    {"role": "assistant", "content": "0"},
+    {"role": "user", "content": "2-1"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "3-1"},
+]
+
+
+@pytest.fixture
+def chatting(tiny: Path) -> Base:
+    """The tiny base with a chat template."""
+    return with_template(tiny / "foundation", TEMPLATE)
+
+
+def with_template(foundation: Path, template: str) -> Base:
+    (foundation / "chat_template.jinja").write_text(template)
+    write_json(foundation / "manifest.json", read_json(foundation / "manifest.json") | digests(foundation))
+    return open_base(foundation)
+
+
+def learned(row: dict[str, list], base: Base) -> tuple[str, str]:
+    """The whole text of a row, and the part of it that is learned."""
+    tokenizer = base.load_tokenizer()
+    chosen = [i for i, counts in zip(row["input_ids"], row["loss_mask"], strict=True) if counts]
+    return tokenizer.decode(row["input_ids"]), tokenizer.decode(chosen)
+
+
+def test_the_turns_of_the_assistant_are_learned(chatting: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows([{"talk": CHAT}], tmp_path / "data.jsonl")
+    options = {"messages": "talk", "prompt": None, "response": None, "max_length": 64}
+    (row,) = prepare(chatting, tiny_params, tmp_path / "out", data, **options)
+    assert learned(row, chatting) == ("<s>u>1-1</s>a>0</s>u>2-1</s>a>1</s>", "0</s>1</s>")
+
+
+def test_prompt_and_response_become_turns(chatting: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS[:1], tmp_path / "data.jsonl")
+    (row,) = prepare(chatting, tiny_params, tmp_path / "out", data, prompt="{{ question }}", chat=True)
+    assert learned(row, chatting) == ("<s>u>27-15</s>a>12</s>", "12</s>")
+
+
+@pytest.mark.parametrize(
+    ("talk", "template", "expected"),
+    [
+        (CHAT, None, "the tokenizer has no chat template"),
+        ("1-1", TEMPLATE, "row 0 of the task: not a list of messages"),
+        ([{"role": "user"}], TEMPLATE, "row 0 of the task: not a list of messages"),
+        (CHAT[:1], TEMPLATE, "row 0 of the task: no message of role 'assistant'"),
+        (
+            [{"role": "tool", "content": "1"}, CHAT[1]],
+            TEMPLATE,
+            "row 0 of the task: the chat template refuses it: no tool",
+        ),
+        (CHAT, "{{ messages | length }}" + TEMPLATE, "the chat template changes earlier turns"),
+    ],
+    ids=["no template", "no list", "no content", "no assistant", "refused", "rewritten"],
+)
+def test_bad_chat_is_one_line(
+    talk: Any, template: str | None, expected: str, tiny: Path, tiny_params: Params, tmp_path: Path
+) -> None:
+    foundation = tiny / "foundation"
+    base = open_base(foundation) if template is None else with_template(foundation, template)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"talk": talk}) + "\n")
+    options = {"messages": "talk", "prompt": None, "response": None, "max_length": 64}
+    with pytest.raises(FoLoRAError, match=expected):
+        prepare(base, tiny_params, tmp_path / "out", tmp_path / "data.jsonl", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_column_of_messages_is_named(chatting: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS, tmp_path / "data.jsonl")
+    with pytest.raises(FoLoRAError, match=r"tasks\.\*\.messages: 'talk' is no column of .*: question, answer"):
+        prepare(chatting, tiny_params, tmp_path / "out", data, messages="talk", prompt=None, response=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prompt": None}, "give prompt and response, or messages"),
+        ({"messages": "talk"}, "messages stands in place of prompt"),
+        ({"messages": "talk", "prompt": None, "response": None, "chat": True}, "messages stands in place of chat"),
+    ],
+)
+def test_a_task_has_one_form(changes: dict[str, Any], expected: str, tiny_params: Params) -> None:
+    with pytest.raises(ValueError, match=expected):
+        Task.model_validate(tiny_params.tasks["subtraction"].model_dump() | changes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
+from folora.hub import from_hub
 from folora.params import Loading
 from folora.storage import MANIFEST_FILE, Manifest, check_manifest, digest_of, digest_of_file, read_json
 
@@ -139,16 +141,10 @@ def pinned_folder(source: str, revision: str | None, *, code: bool = False) -> P
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*model_patterns(code=code), *TOKENIZER_PATTERNS]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FoLoRAError(
-            f"foundation.model: {source!r} is neither a folder here nor to be had from the hub: {reason}"
-        ) from error
+    fetch = partial(snapshot_download, source, revision=revision, allow_patterns=patterns)
+    return Path(from_hub("foundation.model", source, revision, fetch))
 
 
 def check_model(folder: Path, loading: Loading) -> None:

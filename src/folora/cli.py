@@ -96,6 +96,21 @@ def foundation(
 
 
 @stage
+def download(
+    name: Annotated[str, typer.Argument(help="Entry of downloads in params.yaml.")],
+    output: Output,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Fetch a data set from a hub and pin it."""
+    params = _prepare(params_file, output)
+    from folora.download import download
+
+    commit = download(name, _entry(params.downloads, name, "downloads"), output)
+    if commit:
+        print(f"downloads.{name}: at commit {commit}")
+
+
+@stage
 def task(
     name: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     foundation: Foundation,

@@ -92,15 +92,49 @@ class PretrainedFoundation(Section):
     loading: Loading
 
 
+class Download(Section):
+    """A data set of a hub; its rows come to lie in artifacts/downloads/NAME."""
+
+    dataset: Annotated[str, Field(description="hub id, or a local folder of that form")]
+    config: Annotated[str | None, Field(description="configuration; null: the only one")]
+    split: Annotated[str, Field(description="such as train, or train[:1000]")]
+    revision: Annotated[str | None, Field(description="branch, tag or commit; the commit is kept in the manifest")]
+
+
 class Task(Section):
     """What to adapt to: rows to train on and the evaluation tasks that measure it."""
 
     dataset: Annotated[str, Field(description="folder with train.jsonl, .csv or .parquet, or one such file")]
-    prompt: Annotated[str, Field(description="Jinja template over the columns of a row")]
-    response: Annotated[str, Field(description="Jinja template over the columns of a row")]
+    prompt: Annotated[str | None, Field(description="Jinja template over the columns of a row")] = None
+    response: Annotated[str | None, Field(description="Jinja template over the columns of a row")] = None
+    messages: Annotated[
+        str | None, Field(description="in place of both: the column with chat messages, each a role and a content")
+    ] = None
+    chat: Annotated[
+        bool, Field(description="whether prompt and response become turns of the tokenizer's chat template")
+    ] = False
+    learn: Annotated[
+        Literal["response", "all"], Field(description="tokens that the loss is taken over: the assistant's, or all")
+    ] = "response"
+    rows: Annotated[int | None, Field(ge=1, description="the first so many of the data set; null: all")] = None
     max_length: Annotated[int, Field(ge=4, le=131072, description="tokens of prompt and response")]
+    too_long: Annotated[
+        Literal["refuse", "drop", "truncate"], Field(description="what becomes of rows beyond max_length")
+    ] = "refuse"
+    packing: Annotated[
+        bool, Field(description="whether several rows share a sequence of max_length; later ones see earlier ones")
+    ] = False
     target: Annotated[Name, Field(description="evaluation task of the target ability, test split")]
     validation: Annotated[Name, Field(description="the same on the validation split: chooses the learning rate")]
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Task:
+        given = [name for name in ("prompt", "response") if getattr(self, name) is not None]
+        if self.messages is not None and (given or self.chat):
+            raise ValueError(f"messages stands in place of {given[0] if given else 'chat'}: give one or the other")
+        if self.messages is None and len(given) < 2:
+            raise ValueError("give prompt and response, or messages")
+        return self
 
 
 class SampledSource(Section):
@@ -247,6 +281,7 @@ class Params(Section):
 
     world: World
     foundation: Annotated[OfflineFoundation | PretrainedFoundation, Field(discriminator="source")]
+    downloads: dict[Name, Download]
     tasks: Annotated[dict[Name, Task], Field(min_length=1)]
     proxy: Proxy
     covariance: Covariance

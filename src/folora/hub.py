@@ -1,0 +1,74 @@
+"""What a hub is asked for, and its refusals in words that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def from_hub(key: str, source: str, revision: str | None, get: Callable[[], Any]) -> Any:
+    """What ``get`` returns, its errors as one line.
+
+    Args:
+        key: what names the source in params.yaml.
+        source: a hub id or a local folder.
+        revision: branch, tag or commit.
+        get: asks the hub.
+
+    Raises:
+        FoLoRAError: it refuses, cannot be reached, or has no such thing.
+    """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return get()
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, DatasetsError, OSError, ValueError) as error:
+        raise FoLoRAError(f"{key}: {_why(error, source, revision)}") from error
+
+
+def _why(error: Exception, source: str, revision: str | None) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    causes = list(_causes(error))
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{source!r} is gated: accept its terms on the hub, then log in with `hf auth login`"
+    if any(isinstance(cause, RevisionNotFoundError) for cause in causes):
+        return f"{source!r} has no revision {revision!r}: name a branch, tag or commit that exists"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return f"{source!r} is neither a folder here nor on the hub, or it is private and you are not logged in"
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return f"{source!r} is neither a folder here nor in the cache, and the hub cannot be reached"
+    reason = " ".join(str(error).split())[:200]
+    if Path(source).exists():
+        return f"{source!r}: {reason}"
+    return f"{source!r} is neither a folder here nor to be had from the hub: {reason}"
+
+
+def _causes(error: BaseException | None) -> Any:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def commit_of(key: str, dataset: str, revision: str | None) -> str | None:
+    """The commit that a revision of a data set stands for now; None of a local folder.
+
+    Raises:
+        FoLoRAError: the hub does not say.
+    """
+    if Path(dataset).exists():
+        return None
+    from huggingface_hub import HfApi
+
+    return from_hub(key, dataset, revision, lambda: HfApi().dataset_info(dataset, revision=revision).sha)
