@@ -1,4 +1,4 @@
-"""Types and bounds of ``params.yaml``. No value has a default here: the file says everything.
+"""Types and bounds of ``params.yaml``. The file says everything but what only some tasks or methods need.
 
 The file is read as YAML 1.2, as DVC reads it, so that ``1e-3`` is a number everywhere.
 """
