@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 STAGES = [
     "foundation",
+    "download",
     "task",
     "proxy",
     "heldout",

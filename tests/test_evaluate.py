@@ -9,7 +9,7 @@ import torch
 
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
-from folora.evaluate import Evaluator, evaluate_method, export_of, load_checkpoint, load_tasks
+from folora.evaluate import Evaluator, evaluate_method, export_of, load_checkpoint
 from folora.storage import digest_of_file, read_json, read_table, write_json, write_tensors
 from folora.world import LONGEST_ANSWER
 
@@ -49,7 +49,7 @@ def test_accuracy_is_that_of_an_independent_greedy_decode(pipeline: Pipeline, tm
     answers = evaluator.answers(evaluator.model, ["addition"])
     assert [answer["prompt"] for answer in answers] == prompts
     assert [answer["answer"] for answer in answers] == decoded
-    assert [answer["correct"] for answer in answers] == [i % 2 == 0 for i in range(len(items))]
+    assert [answer["score"] for answer in answers] == [float(i % 2 == 0) for i in range(len(items))]
 
 
 def test_answers_have_one_row_an_item(pipeline: Pipeline, evaluations: Path) -> None:
@@ -69,7 +69,7 @@ def test_answers_are_checked_against_the_data(pipeline: Pipeline, evaluations: P
     data = (pipeline.world / "subtraction" / "validation.jsonl").read_text().splitlines()
     answers = [a for a in rows(evaluations / "base" / "answers.parquet") if a["task"] == "subtraction-validation"]
     assert [{"prompt": a["prompt"], "response": a["expected"]} for a in answers] == [json.loads(line) for line in data]
-    assert all(a["correct"] == (a["answer"] == a["expected"]) for a in answers)
+    assert all(a["score"] == (a["answer"] == a["expected"]) for a in answers)
 
 
 def test_metrics_are_means_of_answers(pipeline: Pipeline, evaluations: Path) -> None:
@@ -80,7 +80,7 @@ def test_metrics_are_means_of_answers(pipeline: Pipeline, evaluations: Path) -> 
         assert len(metrics) == (1 if folder == "base" else 2)
         for row in metrics:
             own = [answer for answer in answers if answer["step"] == row["step"]]
-            share = {n: [a["correct"] for a in own if a["task"] == n] for n in {a["task"] for a in own}}
+            share = {n: [a["score"] for a in own if a["task"] == n] for n in {a["task"] for a in own}}
             assert row["target"] == sum(share["subtraction"]) / len(share["subtraction"])
             assert row["validation"] == sum(share["subtraction-validation"]) / len(share["subtraction-validation"])
             assert row["kept"] == pytest.approx(sum(row[f"kept/{name}"] for name in kept) / len(kept))
@@ -114,7 +114,7 @@ def test_scores_tell_target_validation_and_kept_apart(pipeline: Pipeline) -> Non
 
     kept = pipeline.params.evaluation.kept
     right = {"subtraction": 3, "subtraction-validation": 1, **dict.fromkeys(kept, 0), kept[0]: 2, kept[1]: 4}
-    answers = [{"task": name, "correct": i < n} for name, n in right.items() for i in range(4)]
+    answers = [{"task": name, "score": float(i < n)} for name, n in right.items() for i in range(4)]
     found = scores(answers, pipeline.params.tasks["subtraction"], pipeline.params)
     assert (found["target"], found["validation"]) == (0.75, 0.25)
     assert (found[f"kept/{kept[0]}"], found[f"kept/{kept[1]}"], found[f"kept/{kept[2]}"]) == (0.5, 1.0, 0.0)
@@ -198,15 +198,6 @@ def test_bad_run_is_one_line(
     line = refused("evaluate", *arguments, "--params", save_params(pipeline.values()))
     assert line.startswith(str(tmp_path / "runs" / LORA))
     assert expected in line
-
-
-def test_missing_task_or_data_is_named(pipeline: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(FoLoRAError, match=r"evaluation/poetry\.yaml: no such evaluation task; there are addition, "):
-        load_tasks(pipeline.world, ["addition", "poetry"])
-    shutil.copytree(pipeline.world, tmp_path / "world")
-    (tmp_path / "world" / "loud" / "test.jsonl").unlink()
-    with pytest.raises(FoLoRAError, match=r"loud/test\.jsonl: not found"):
-        load_tasks(tmp_path / "world", ["loud"])
 
 
 def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:

@@ -30,12 +30,17 @@ def run(workspace: Path, *command: str) -> str:
 
 
 def make_workspace(folder: Path) -> Path:
-    """A repository as a user has it after a clone, with the tiny preset as params.yaml."""
+    """A repository as a user has it after a clone, with the tiny preset and rows that are downloaded from a folder."""
     for name in ("src", "workflow", "profiles"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("dvc.yaml", "Snakefile", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder / name)
     shutil.copy(ROOT / "workflow" / "presets" / "tiny.yaml", folder / "params.yaml")
+    (folder / "rows").mkdir()
+    rows = ({"prompt": f"{a}-{b}>", "response": str(a - b)} for a in range(8) for b in range(a + 1))
+    (folder / "rows" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change(folder, "downloads", {"mine": {"dataset": "rows", "config": None, "split": "train", "revision": None}})
+    change(folder, "tasks.subtraction.dataset", "artifacts/downloads/mine")
     run(folder, "git", "init", "--quiet")
     run(folder, "dvc", "init", "--quiet")
     run(folder, "git", "add", ".")
@@ -52,7 +57,7 @@ def stale(workspace: Path) -> set[str]:
     return set(json.loads(run(workspace, "dvc", "status", "--json")))
 
 
-def change(workspace: Path, key: str, value: float) -> None:
+def change(workspace: Path, key: str, value: object) -> None:
     """Set a dotted key of params.yaml."""
     yaml = YAML()
     content = yaml.load(workspace / "params.yaml")

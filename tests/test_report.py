@@ -56,7 +56,7 @@ def answers(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         own
         | {"task": task, "item": item, "prompt": f"{task} <{item}>", "expected": "yes"}
-        | {"answer": "yes" if item < round(ITEMS * share) else "</script>", "correct": item < round(ITEMS * share)}
+        | {"answer": "yes" if item < round(ITEMS * share) else "</script>", "score": float(item < round(ITEMS * share))}
         for task, share in shares.items()
         for item in range(ITEMS)
     ]

@@ -1,16 +1,14 @@
 """The evaluate stage: every checkpoint of every run of a method on the target and the kept tasks, in one process.
 
-Accuracies come from the lm-evaluation-harness with local task files; KL to the base and perplexity from held-out
-proxy text. A folder of results holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item,
-so that methods can be compared item by item). The metrics of a method also say what it costs: ``trainable``
-parameters, and of the checkpoint what it is (``export``), its ``rank`` and its ``bytes``.
+Scores come from the lm-evaluation-harness; KL to the base and perplexity from held-out proxy text. A folder of results
+holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item, so that methods can be compared
+item by item). The metrics of a method also say what it costs: ``trainable`` parameters, and of the checkpoint what it
+is (``export``), its ``rank`` and its ``bytes``.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -19,6 +17,7 @@ from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.comparison import BASE
 from folora.divergence import Divergence, HeldOutText
 from folora.errors import FoLoRAError
+from folora.harness import Harness
 from folora.params import run_params
 from folora.proxy import HELDOUT
 from folora.records import read_record, source_tags
@@ -31,7 +30,6 @@ from folora.storage import (
     publish,
     read_json,
     read_table,
-    require,
     write_table,
 )
 from folora.tracking import sending
@@ -58,11 +56,9 @@ class Evaluator:
         self.tokenizer = base.load_tokenizer()
         self.model = base.load_model()
         self._kept = params.evaluation.kept
-        self._batch_size = params.evaluation.batch_size
-        self._tasks = tasks
-        self._loaded: dict[str, dict[str, Any]] = {}
+        self._harness = Harness(tasks, params.evaluation, self.tokenizer)
         self._text = HeldOutText(
-            self.model, table["token_ids"].to_pylist(), self._batch_size, self.tokenizer.pad_token_id
+            self.model, table["token_ids"].to_pylist(), params.evaluation.batch_size, self.tokenizer.pad_token_id
         )
 
     def divergence(self, model: PreTrainedModel | PeftModel) -> Divergence:
@@ -70,60 +66,12 @@ class Evaluator:
         return self._text.measure(model)
 
     def answers(self, model: PreTrainedModel | PeftModel, task_names: list[str]) -> list[Record]:
-        """Ask every item of the named tasks: ``task``, ``item``, ``prompt``, ``expected``, ``answer``, ``correct``."""
-        from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
-
-        lm = HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self._batch_size, add_bos_token=True)
-        # the harness asks for its bar by this argument, whatever TQDM_DISABLE says
-        lm.generate_until = partial(lm.generate_until, disable_tqdm=not sys.stderr.isatty())
-        result = evaluate(lm, self._load(task_names), bootstrap_iters=0, verbosity="ERROR")
-        return [
-            {
-                "task": name,
-                "item": sample["doc_id"],
-                "prompt": sample["arguments"][0][0],
-                "expected": str(sample["target"]),
-                "answer": str(sample["filtered_resps"][0]),
-                "correct": bool(sample["exact_match"]),
-            }
-            for name in task_names
-            for sample in sorted(result["samples"][name], key=lambda sample: sample["doc_id"])
-        ]
+        """Ask every item of the named tasks; see ``Harness.answers``."""
+        return self._harness.answers(model, task_names)
 
     def tasks_of(self, settings: Any) -> list[str]:
         """Names of the evaluation tasks of one adaptation: target, validation and kept."""
         return [settings.target, settings.validation, *self._kept]
-
-    def _load(self, names: list[str]) -> Any:
-        key = ",".join(names)
-        if key not in self._loaded:
-            self._loaded[key] = load_tasks(self._tasks, names)
-        return self._loaded[key]
-
-
-def load_tasks(folder: Path, names: list[str]) -> Any:
-    """Load lm-evaluation-harness tasks from ``folder/evaluation``; data files are relative to ``folder``.
-
-    Raises:
-        FoLoRAError: a task or its data is missing.
-    """
-    from lm_eval.tasks import TaskManager
-    from ruamel.yaml import YAML
-
-    specs = []
-    for name in names:
-        path = folder / "evaluation" / f"{name}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            raise FoLoRAError(f"{path}: no such evaluation task; there are {known or 'none'}")
-        spec = YAML(typ="safe", pure=True).load(path)
-        files = spec["dataset_kwargs"]["data_files"]
-        spec["dataset_kwargs"]["data_files"] = {
-            split: str(require(folder / file).resolve()) for split, file in files.items()
-        }
-        specs.append(spec)
-    return TaskManager(include_defaults=False, verbosity="ERROR").load(specs)
 
 
 def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output: Path) -> None:
@@ -214,11 +162,11 @@ def _measure(
 
 
 def accuracies(answers: list[Record]) -> dict[str, float]:
-    """Share of right answers of each task."""
-    by_task: dict[str, list[bool]] = {}
+    """Mean score of each task: the share of right answers, where an answer is right or wrong."""
+    by_task: dict[str, list[float]] = {}
     for answer in answers:
-        by_task.setdefault(answer["task"], []).append(answer["correct"])
-    return {name: sum(correct) / len(correct) for name, correct in by_task.items()}
+        by_task.setdefault(answer["task"], []).append(answer["score"])
+    return {name: sum(scores) / len(scores) for name, scores in by_task.items()}
 
 
 def scores(answers: list[Record], settings: Any, params: Params) -> Record:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from folora.comparison import Checkpoint, Comparison, Record
 
     Array = NDArray[np.float64]
-    Answers = Mapping[Checkpoint, Mapping[str, NDArray[np.bool_]]]
+    Answers = Mapping[Checkpoint, Mapping[str, Array]]
 
 BASE_CHECKPOINT = (BASE, 0)
 SIGNIFICANT = 0.05
@@ -87,7 +87,7 @@ class Pairing:
             comparison: the methods, their best rates and last checkpoints.
             base: metrics of the base model.
             records: metrics of every checkpoint on this adaptation.
-            answers: right or wrong, (items,) for each task, of every checkpoint and of ``BASE_CHECKPOINT``.
+            answers: scores, (items,) for each task, of every checkpoint and of ``BASE_CHECKPOINT``.
             tasks: names of the tasks behind the figures ``target`` and ``kept``.
         """
         generator = np.random.default_rng(SEED)
@@ -113,7 +113,7 @@ class Pairing:
         """p-values of McNemar's exact test of every method and kept task against the base; corrected together."""
         base = self._answers[BASE_CHECKPOINT]
         raw = {
-            (method, task): sign_test(self._right(arm.finals.values(), [task]) - base[task].astype(int))
+            (method, task): sign_test(self._scores(arm.finals.values(), [task]) - base[task])
             for method, arm in self._comparison.arms.items()
             for task in self._tasks["kept"]
         }
@@ -133,8 +133,8 @@ class Pairing:
         pairs = list(zip(self._finals(method), self._finals(other), strict=True))
         value = np.mean([self._records[own][figure] - self._records[its][figure] for own, its in pairs])
         samples = np.stack([self._samples[figure][own] - self._samples[figure][its] for own, its in pairs], axis=-1)
-        own_right, its_right = (self._right(self._finals(name), self._tasks[figure]) for name in (method, other))
-        return float(value), (samples * self._weights).sum(axis=-1), sign_test(own_right - its_right)
+        own_scores, its_scores = (self._scores(self._finals(name), self._tasks[figure]) for name in (method, other))
+        return float(value), (samples * self._weights).sum(axis=-1), sign_test(own_scores - its_scores)
 
     def _gain(self, method: str, other: str) -> tuple[float, Array, float]:
         """Kept accuracy that a method gains at a target accuracy both reach, its samples and its p-value."""
@@ -156,9 +156,9 @@ class Pairing:
             curves.append(Curve(target, kept, np.array([self._records[c]["kl"] for c in chosen])))
         return curves
 
-    def _right(self, checkpoints: Iterable[Checkpoint], tasks: list[str]) -> NDArray[np.int_]:
-        """(checkpoints, items of all tasks) of 0 and 1."""
-        return np.array([np.concatenate([self._answers[c][task] for task in tasks]) for c in checkpoints], dtype=int)
+    def _scores(self, checkpoints: Iterable[Checkpoint], tasks: list[str]) -> Array:
+        """(checkpoints, items of all tasks)."""
+        return np.array([np.concatenate([self._answers[c][task] for task in tasks]) for c in checkpoints])
 
 
 def _corrected(found: list[tuple[float, Array, float]]) -> list[Difference]:

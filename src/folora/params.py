@@ -247,8 +247,11 @@ class Run(Section):
 class Evaluation(Section):
     """What every checkpoint is measured on."""
 
+    tasks: Annotated[str, Field(description="folder with evaluation/NAME.yaml, tasks of one's own for the harness")]
     kept: Annotated[list[Name], Field(min_length=1, description="tasks whose mean is the kept accuracy")]
     batch_size: Annotated[Count, Field(description="items at once")]
+    limit: Annotated[int | None, Field(ge=1, description="the first so many items of each task; null: all")] = None
+    chat: Annotated[bool, Field(description="whether prompts are put in the tokenizer's chat template")] = False
 
 
 class Threads(Section):

@@ -1,4 +1,4 @@
-"""Statistics on right and wrong answers: resampled accuracies, intervals, exact tests, many comparisons at once."""
+"""Statistics on the scores of answers: resampled accuracies, intervals, exact tests, many comparisons at once."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LEVEL = 0.95
 SEED = 0
 
 
-def resampled_accuracy(correct: NDArray[np.bool_], generator: np.random.Generator) -> Array:
+def resampled_accuracy(scores: Array, generator: np.random.Generator) -> Array:
     """Accuracies on resamples of the items, drawn with replacement; every checkpoint sees the same resamples.
 
     Args:
-        correct: (checkpoints, items) of bool.
+        scores: (checkpoints, items), 0 or 1 where an answer is right or wrong.
         generator: draws the items.
 
     Returns:
         (RESAMPLES, checkpoints).
     """
-    items = correct.shape[1]
+    items = scores.shape[1]
     counts = generator.multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
-    return counts.astype(float) @ correct.T.astype(float) / items  # sums of whole numbers: exact in any order
+    return counts.astype(float) @ scores.T / items  # of right and wrong, sums of whole numbers: exact in any order
 
 
 def resampled_seeds(seeds: int, generator: np.random.Generator) -> Array:
@@ -51,13 +51,12 @@ def bootstrap_p(samples: Array) -> float:
     return min(1.0, 2 * (tail + 1) / (len(samples) + 1))
 
 
-def sign_test(differences: NDArray[np.signedinteger]) -> float:
+def sign_test(differences: Array) -> float:
     """Two-sided exact sign test. For one seed it is McNemar's exact test of two methods on the same items.
 
     Args:
-        differences: (seeds, items), right answers of the one minus those of the other: -1, 0 or 1. An item counts
-            for the method that answers it right with more of the seeds, since its answers over seeds are not
-            independent.
+        differences: (seeds, items), scores of the one minus those of the other. An item counts for the method with
+            the greater sum over seeds, since its answers over seeds are not independent.
     """
     signs = np.sign(differences.sum(axis=0))
     more, fewer = int((signs > 0).sum()), int((signs < 0).sum())

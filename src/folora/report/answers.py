@@ -20,7 +20,7 @@ def side_by_side(study: Study, evaluations: Path, target: str) -> list[Record]:
 
     Returns:
         ``task``, ``prompt``, ``expected``, and ``answers`` of the base, the reference and the subject, each with
-        ``answer`` and ``correct``.
+        ``answer`` and ``right``, whether its score is above a half.
     """
     arms = [study.comparison.arms[name] for name in dict.fromkeys([study.reference, study.subject])]
     checkpoints = {BASE: BASE_CHECKPOINT} | {arm.method: next(iter(arm.finals.values())) for arm in arms}
@@ -31,8 +31,8 @@ def side_by_side(study: Study, evaluations: Path, target: str) -> list[Record]:
     rows = []
     for task in (target, *study.kept):
         for key in sorted(key for key in answers[BASE] if key[0] == task):
-            given = [by_item[key] for by_item in answers.values()]
-            if len({row["correct"] for row in given}) > 1:
+            given = [by_item[key] | {"right": by_item[key]["score"] > 0.5} for by_item in answers.values()]
+            if len({row["right"] for row in given}) > 1:
                 rows.append({name: given[0][name] for name in ("task", "prompt", "expected")} | {"answers": given})
                 break
     return rows

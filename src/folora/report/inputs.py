@@ -85,7 +85,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         runs=runs,
         bases=bases,
         records=records,
-        answers=_all_correct(evaluations, [BASE, *params.methods]),
+        answers=_all_scores(evaluations, [BASE, *params.methods]),
         manifests={name: _manifest(folder, name) for name, folder in folders.items()},
         histories={name: _history(folder, name) for name, folder in folders.items()},
         spectra={name: read_spectrum(file) for name, file in files.items()},
@@ -93,7 +93,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
 
 
 def read_answers(folder: Path, adaptation: str, checkpoint: Checkpoint) -> list[Record]:
-    """What a checkpoint answered, a row an item, with ``prompt``, ``expected``, ``answer`` and ``correct``."""
+    """What a checkpoint answered, a row an item, with ``prompt``, ``expected``, ``answer`` and ``score``."""
     import pyarrow.compute as pc
 
     table = _answers(folder)
@@ -127,25 +127,25 @@ def _answers(folder: Path) -> Any:
     return read_table(folder / "answers.parquet", artefact="answers", metrics=metrics)[0]
 
 
-def _correct(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.bool_]]:
-    """Right or wrong (items,) by adaptation, run, step and task."""
+def _scores(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.float64]]:
+    """Scores (items,) by adaptation, run, step and task."""
     keys = ["adaptation", "run", "step", "task"]
-    groups = _answers(folder).sort_by("item").group_by(keys, use_threads=False).aggregate([("correct", "list")])
+    groups = _answers(folder).sort_by("item").group_by(keys, use_threads=False).aggregate([("score", "list")])
     names = zip(*(groups[key].to_pylist() for key in keys), strict=True)
-    each = (answers.values.to_numpy(zero_copy_only=False) for answers in groups["correct_list"])
+    each = (answers.values.to_numpy(zero_copy_only=False) for answers in groups["score_list"])
     return dict(zip(names, each, strict=True))
 
 
-def _all_correct(evaluations: Path, folders: list[str]) -> dict[str, Answers]:
+def _all_scores(evaluations: Path, folders: list[str]) -> dict[str, Answers]:
     """The answers of every checkpoint, by adaptation; all to the same items."""
     answers: dict[str, Any] = {}
     for folder in folders:
-        for (adaptation, run, step, task), correct in _correct(evaluations / folder).items():
-            answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = correct
+        for (adaptation, run, step, task), scores in _scores(evaluations / folder).items():
+            answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = scores
     for by_checkpoint in answers.values():
-        expected = {task: len(correct) for task, correct in by_checkpoint[BASE_CHECKPOINT].items()}
+        expected = {task: len(scores) for task, scores in by_checkpoint[BASE_CHECKPOINT].items()}
         for (run, _), by_task in by_checkpoint.items():
-            if {task: len(correct) for task, correct in by_task.items()} != expected:
+            if {task: len(scores) for task, scores in by_task.items()} != expected:
                 raise FoLoRAError(f"{evaluations}: {run} answered other items than the base model: evaluate both again")
     return answers
 

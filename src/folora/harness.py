@@ -1,0 +1,172 @@
+"""What is asked: tasks of the lm-evaluation-harness, by name or from files of one's own, and the score of every item.
+
+Every score lies between 0 and 1: right or wrong for most tasks, and for a log-likelihood the mean probability of a
+token of the right answer, exp(log p / tokens).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from folora.errors import FoLoRAError
+from folora.storage import require
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from folora.params import Evaluation
+
+Record = dict[str, Any]
+
+LIKELIHOOD = "likelihood"
+METRICS = ("acc_norm", "exact_match", "acc", "f1", "prompt_level_strict_acc")  # the first that a task has is its score
+
+
+@dataclass(frozen=True)
+class Question:
+    """An evaluation task, or a group of them that is one figure.
+
+    Attributes:
+        name: as in params.yaml.
+        tasks: of the harness, by their own names.
+    """
+
+    name: str
+    tasks: dict[str, Any]
+
+
+class Harness:
+    """Asks a model the items of evaluation tasks.
+
+    Args:
+        folder: ``evaluation/NAME.yaml`` holds a task of one's own, whose data files are relative to the folder.
+        settings: batch size, how many items of a task, whether in the chat template.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, folder: Path, settings: Evaluation, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._folder = folder
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._questions: dict[str, Question] = {}
+
+    def answers(self, model: PreTrainedModel | PeftModel, names: list[str]) -> list[Record]:
+        """Ask every item: ``task``, ``item``, ``prompt``, ``expected``, ``answer``, ``score``.
+
+        Raises:
+            FoLoRAError: a task is missing, or has no score of a single item.
+        """
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        questions = [self.question(name) for name in names]
+        tasks = {name: task for question in questions for name, task in question.tasks.items()}
+        size = self._settings.batch_size
+        lm = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, add_bos_token=True)
+        # the harness asks for its bar by this argument, whatever TQDM_DISABLE says
+        lm.generate_until = partial(lm.generate_until, disable_tqdm=not sys.stderr.isatty())
+        result = evaluate(
+            lm,
+            {"tasks": tasks, "groups": {}, "group_map": {}},
+            limit=self._settings.limit,
+            apply_chat_template=self._settings.chat,
+            bootstrap_iters=0,
+            verbosity="ERROR",
+        )
+        return [
+            {"task": question.name, "item": item, **self._answer(question.tasks[name], sample)}
+            for question in questions
+            for item, (name, sample) in enumerate(_samples(question, result["samples"]))
+        ]
+
+    def question(self, name: str) -> Question:
+        """The tasks behind a name, read once."""
+        if name not in self._questions:
+            self._questions[name] = Question(name, self._load(name))
+        return self._questions[name]
+
+    def _load(self, name: str) -> dict[str, Any]:
+        from lm_eval.tasks import TaskManager
+
+        path = self._folder / "evaluation" / f"{name}.yaml"
+        if path.is_file():
+            return TaskManager(include_defaults=False, verbosity="ERROR").load([_own_task(path, self._folder)])["tasks"]
+        if name not in self._known.all_tasks:
+            own = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+            raise FoLoRAError(f"{path}: no such evaluation task, and none of the harness; there are {own or 'none'}")
+        try:
+            tasks: dict[str, Any] = self._known.load([name])["tasks"]
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise FoLoRAError(f"evaluation task {name}: its data or code cannot be loaded: {reason}") from error
+        if any(getattr(task.config, "unsafe_code", False) for task in tasks.values()):
+            raise FoLoRAError(f"evaluation task {name}: runs code that the model wrote, which is not done here")
+        return tasks
+
+    @cached_property
+    def _known(self) -> Any:
+        """The tasks that the harness comes with; finding them takes seconds."""
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(verbosity="ERROR")
+
+    def _answer(self, task: Any, sample: Record) -> Record:
+        """Prompt, what was expected, the answer and its score."""
+        arguments, replies, target = sample["arguments"], sample["filtered_resps"], sample["target"]
+        if task.OUTPUT_TYPE == "loglikelihood":
+            prompt, expected = arguments[0]
+            tokens = len(self._tokenizer(expected, add_special_tokens=False)["input_ids"])
+            score = math.exp(replies[0][0] / max(tokens, 1))
+            return {"prompt": prompt, "expected": expected, "answer": f"{score:.3f}", "score": score}
+        if task.OUTPUT_TYPE == "multiple_choice":
+            choices = [argument[1].strip() for argument in arguments]
+            best = max(range(len(replies)), key=lambda i: replies[i][0])
+            expected, answer = (
+                (choices[target] if isinstance(target, int) else str(target)),
+                choices[best % len(choices)],
+            )
+        else:
+            expected, answer = str(target), str(replies[0])
+        return {"prompt": arguments[0][0], "expected": expected, "answer": answer, "score": _score(task, sample)}
+
+
+def _samples(question: Question, samples: dict[str, list[Record]]) -> list[tuple[str, Record]]:
+    """The items of all tasks of a question, in order; of several filters on the answers the first counts."""
+    found = []
+    for name in question.tasks:
+        first = samples[name][0]["filter"]
+        own = [sample for sample in samples[name] if sample["filter"] == first]
+        found += [(name, sample) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
+    return found
+
+
+def _score(task: Any, sample: Record) -> float:
+    metric = next((name for name in METRICS if name in sample["metrics"]), None)
+    if metric is None or not isinstance(sample[metric], (bool, int, float)):
+        known = ", ".join(sample["metrics"])
+        raise FoLoRAError(f"evaluation task {task.config.task}: no score of a single item among its metrics: {known}")
+    return float(sample[metric])
+
+
+def _own_task(path: Path, folder: Path) -> Record:
+    """A task file, its data files made absolute.
+
+    Raises:
+        FoLoRAError: a data file is missing.
+    """
+    from ruamel.yaml import YAML
+
+    spec: Record = YAML(typ="safe", pure=True).load(path)
+    files = spec.get("dataset_kwargs", {}).get("data_files")
+    if files is not None:
+        spec["dataset_kwargs"]["data_files"] = {
+            split: str(require(folder / file).resolve()) for split, file in files.items()
+        }
+    return spec

@@ -1,0 +1,148 @@
+"""Tasks of one's own and of the harness, and the scores of their items, against the model's own probabilities."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from folora.errors import FoLoRAError
+from folora.harness import Harness, Question
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline
+
+ITEMS = [
+    {"prompt": "max 3 8>", "right": "8", "choices": ["3", "8", "11"], "label": 1},
+    {"prompt": "up(ab)>", "right": "AB", "choices": ["ab", "BA", "AB"], "label": 2},
+    {"prompt": "2+2>", "right": "4", "choices": ["4", "5", "22"], "label": 0},
+]
+SPEC: dict[str, Any] = {
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "items.jsonl"}},
+    "test_split": "test",
+    "doc_to_text": "prompt",
+    "target_delimiter": "",
+    "metadata": {"version": 1.0},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "likely": {"output_type": "loglikelihood", "doc_to_target": "right", "metric_list": [{"metric": "acc"}]},
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "filtered": {
+        "output_type": "generate_until",
+        "doc_to_target": "right",
+        "generation_kwargs": {"until": [], "max_gen_toks": 4, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [
+            {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]},
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+        ],
+    },
+    "corpus": {
+        "output_type": "generate_until",
+        "doc_to_target": "right",
+        "generation_kwargs": {"until": [], "max_gen_toks": 2, "do_sample": False},
+        "metric_list": [{"metric": "bleu"}],
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    for name, kind in KINDS.items():
+        (tmp_path / "evaluation" / f"{name}.yaml").write_text(json.dumps({"task": name, **SPEC, **kind}))
+    return tmp_path
+
+
+def harness(pipeline: Pipeline, folder: Path, **changes: Any) -> Harness:
+    settings = pipeline.params.evaluation.model_copy(update=changes)
+    return Harness(folder, settings, pipeline.base.load_tokenizer())
+
+
+@pytest.fixture
+def log_likelihood(pipeline: Pipeline) -> Any:
+    """(log p, tokens) of an answer after a prompt, by the base model, one at a time."""
+    tokenizer, model = pipeline.base.load_tokenizer(), pipeline.base.load_model()
+
+    def of(prompt: str, answer: str) -> tuple[float, int]:
+        given, said = (tokenizer(text)["input_ids"] for text in (prompt, prompt + answer))
+        scores = torch.log_softmax(model(input_ids=torch.tensor([said])).logits[0].detach().double(), dim=-1)
+        chosen = [float(scores[i - 1, said[i]]) for i in range(len(given), len(said))]
+        return sum(chosen), len(chosen)
+
+    return of
+
+
+def test_likelihood_is_the_mean_probability_of_a_token(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely"])
+    for answer, item in zip(answers, ITEMS, strict=True):
+        total, tokens = log_likelihood(item["prompt"], item["right"])
+        assert answer["score"] == pytest.approx(float(torch.tensor(total / tokens).exp()), rel=1e-4)
+        assert (answer["prompt"], answer["expected"]) == (item["prompt"], item["right"])
+
+
+def test_the_likeliest_choice_is_the_answer(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["choice"])
+    for answer, item in zip(answers, ITEMS, strict=True):
+        best = max(item["choices"], key=lambda choice: log_likelihood(item["prompt"], choice)[0])
+        assert answer["answer"] == best
+        assert answer["expected"] == item["right"]
+        assert answer["score"] == float(best == item["right"])
+
+
+def test_the_first_filter_counts(pipeline: Pipeline, folder: Path) -> None:
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["filtered"])
+    assert [answer["item"] for answer in answers] == [0, 1, 2]
+    assert all(len(answer["answer"]) == 1 or answer["answer"] == "[invalid]" for answer in answers)
+
+
+def test_a_group_is_one_figure_over_all_of_its_items(pipeline: Pipeline, folder: Path) -> None:
+    asked = harness(pipeline, folder)
+    parts = {name: asked.question(name).tasks[name] for name in ("likely", "choice")}
+    asked._questions["both"] = Question("both", parts)
+    answers = asked.answers(pipeline.base.load_model(), ["both"])
+    assert [(answer["task"], answer["item"]) for answer in answers] == [("both", i) for i in range(2 * len(ITEMS))]
+    apart = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely", "choice"])
+    assert [answer["score"] for answer in answers] == [answer["score"] for answer in apart]
+
+
+def test_a_limit_takes_the_first_items(pipeline: Pipeline, folder: Path) -> None:
+    whole = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely"])
+    some = harness(pipeline, folder, limit=2).answers(pipeline.base.load_model(), ["likely"])
+    assert some == whole[:2]
+
+
+def test_prompts_are_put_in_the_chat_template(pipeline: Pipeline, folder: Path) -> None:
+    tokenizer = pipeline.base.load_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}u({{ m.content }}){% endfor %}>"
+    asked = Harness(folder, pipeline.params.evaluation.model_copy(update={"chat": True}), tokenizer)
+    answers = asked.answers(pipeline.base.load_model(), ["filtered"])
+    assert [answer["prompt"] for answer in answers] == [f"u({item['prompt']})>" for item in ITEMS]
+
+
+def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None:
+    asked, model = harness(pipeline, folder), pipeline.base.load_model()
+    own = "choice, corpus, filtered, likely"
+    with pytest.raises(FoLoRAError, match=rf"poetry\.yaml: no such evaluation task, .* there are {own}"):
+        asked.answers(model, ["likely", "poetry"])
+    with pytest.raises(FoLoRAError, match="evaluation task corpus: no score of a single item among its metrics: bleu"):
+        asked.answers(model, ["corpus"])
+    with pytest.raises(FoLoRAError, match="evaluation task humaneval: "):
+        asked.answers(model, ["humaneval"])
+
+
+def test_missing_data_is_named(pipeline: Pipeline, folder: Path) -> None:
+    (folder / "items.jsonl").unlink()
+    with pytest.raises(FoLoRAError, match=r"items\.jsonl: not found"):
+        harness(pipeline, folder).question("likely")
