@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import base_model
 from torch import Tensor, nn
 from torch.nn import functional
 
 from folora.divergence import HeldOutText, log_probabilities
+from folora.errors import FoLoRAError
 
 VOCABULARY = 6
 ROWS = [[1, 3, 5, 2], [1, 4], [1, 0, 0, 2, 5, 3, 4], [1, 2, 2], [1]]
@@ -17,6 +19,9 @@ ROWS = [[1, 3, 5, 2], [1, 4], [1, 0, 0, 2, 5, 3, 4], [1, 2, 2], [1]]
 
 class Causal(nn.Module):
     """A language model that sees the sum of all tokens so far; padding comes after them and must not count."""
+
+    device = torch.device("cpu")
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY))
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -80,6 +85,29 @@ def test_base_is_remembered_when_the_same_object_is_adapted(base: Causal, adapte
     text = HeldOutText(base, ROWS, 2, 0)
     base.load_state_dict(adapted.state_dict())
     assert text.measure(base).kl == pytest.approx(kl(original, adapted), rel=1e-5)
+
+
+def test_a_base_with_too_many_predictions_is_asked_again(
+    base: Causal, adapted: Causal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = HeldOutText(base, ROWS, 2, 0).measure(adapted)
+    monkeypatch.setattr("folora.divergence.KEPT_BYTES", 0)
+    text = HeldOutText(base, ROWS, 2, 0)
+    assert text.measure(adapted, lambda batch: base(**batch, use_cache=False).logits) == kept
+    with pytest.raises(FoLoRAError, match="too many for a method that changes whole weights"):
+        text.measure(adapted)
+
+
+def test_the_base_is_a_peft_model_without_its_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr("folora.divergence.KEPT_BYTES", 0)
+    model = base_model()
+    before = HeldOutText(copy.deepcopy(model), ROWS, 2, 0)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = before.measure(wrapped, lambda batch: base_model()(**batch).logits)
+    assert HeldOutText(model, ROWS, 2, 0).measure(wrapped) == expected
+    assert expected.kl > 0
 
 
 def test_measuring_twice_gives_the_same(base: Causal, adapted: Causal) -> None:

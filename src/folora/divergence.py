@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,14 @@ from folora.errors import FoLoRAError
 from folora.layers import batches
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    BaseLogits = Callable[[Mapping[str, Tensor]], Tensor]
+
+KEPT_BYTES = 2**30  # of log-probabilities of the base model; where there are more, every reading computes them again
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,10 @@ class Divergence:
 
 
 class HeldOutText:
-    """Held-out token rows with the base model's next-token log-probabilities, computed once.
+    """Held-out token rows with the base model's next-token log-probabilities, computed once if they are few enough.
 
     Args:
-        base: the base model; its logits are kept, so adapters may be added to the same object afterwards.
+        base: the base model; adapters may be added to the same object afterwards.
         rows: token ids, BOS first.
         batch_size: rows a forward pass.
         padding: the token that fills a row up.
@@ -46,13 +53,30 @@ class HeldOutText:
         if not any(len(row) > 1 for row in rows):
             raise FoLoRAError("the held-out proxy text has no token to predict: raise proxy.max_length")
         self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding, base.device)]
-        self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
+        positions = sum(mask.numel() for _, mask in self._batches)
+        self._base: list[Tensor] | None = None
+        if 4 * positions * base.config.get_text_config().vocab_size <= KEPT_BYTES:
+            self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
 
-    def measure(self, model: PreTrainedModel | PeftModel) -> Divergence:
-        """KL to the base and perplexity of a model on the text."""
+    def measure(self, model: PreTrainedModel | PeftModel, base_logits: BaseLogits | None = None) -> Divergence:
+        """KL to the base and perplexity of a model on the text.
+
+        Args:
+            model: the adapted model.
+            base_logits: the base model's logits of a batch, (batch, length, vocabulary); None: those of ``model``
+                without its adapter, which then must not have edited the base weights.
+
+        Raises:
+            FoLoRAError: the base's predictions are too many to keep, and the model has no adapter to take off.
+        """
         kl = loss = 0.0
         tokens = 0
-        for (ids, mask), base in zip(self._batches, self._base, strict=True):
+        base_logits = base_logits or partial(without_adapter, model)
+        for number, (ids, mask) in enumerate(self._batches):
+            if self._base is not None:
+                base = self._base[number]
+            else:
+                base = next_token(base_logits({"input_ids": ids, "attention_mask": mask}))
             adapted = log_probabilities(model, ids, mask)
             predicted = mask[:, 1:]
             kl += float((base.exp() * (base - adapted)).sum(-1)[predicted].double().sum())
@@ -64,5 +88,23 @@ class HeldOutText:
 @torch.inference_mode()
 def log_probabilities(model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of every token but the first, (batch, length - 1, vocabulary), float32."""
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits.float(), dim=-1)
+    return next_token(model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits)
+
+
+def next_token(logits: Tensor) -> Tensor:
+    """The log-probabilities of logits (batch, length, vocabulary), without those after the last token."""
+    return torch.log_softmax(logits[:, :-1].float(), dim=-1)
+
+
+@torch.inference_mode()
+def without_adapter(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a PEFT model's base.
+
+    Raises:
+        FoLoRAError: the model has no adapter.
+    """
+    if not hasattr(model, "disable_adapter"):
+        raise FoLoRAError("proxy.heldout_sequences: too many for a method that changes whole weights: lower it")
+    with model.disable_adapter():
+        logits: Tensor = model(**batch, use_cache=False).logits
+    return logits

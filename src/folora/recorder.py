@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -108,10 +109,8 @@ class Recorder(TrainerCallback):
         """KL to the base on the held-out text, after drawing the model back inside its budget."""
         model = self._adapted.model
         model.eval()
-        if self._budget is None:
-            kl = self._text.measure(model).kl
-        else:
-            kl = keep_inside(self._adapted, lambda: self._text.measure(model).kl, self._budget)
+        measure = partial(self._text.measure, model, self._adapted.base_logits)
+        kl = measure().kl if self._budget is None else keep_inside(self._adapted, lambda: measure().kl, self._budget)
         model.train()
         return kl
 
