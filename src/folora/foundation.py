@@ -7,17 +7,17 @@ loss covers prompts as well as answers, so that the model can later be sampled f
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from folora.base import check_model, digests, pinned_folder
 from folora.errors import FoLoRAError
 from folora.params import Loading
-from folora.storage import FORMAT, MANIFEST_FILE, Manifest, publish, write_json
+from folora.storage import FORMAT, MANIFEST_FILE, Manifest, digest_of_file, publish, require, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     import torch
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from folora.params import OfflineFoundation, PretrainedFoundation, World
 
+GGUF = ".gguf"  # what the name of such a file ends with
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.6  # the learning rate falls linearly to zero over this last part of the steps
@@ -49,9 +50,14 @@ def train_foundation(settings: OfflineFoundation, world: World, output: Path) ->
 def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
     """Write a manifest that pins an existing model: its source, commit and the digest of every file.
 
+    A GGUF file is converted to safetensors once, and lies in ``output`` like an offline model.
+
     Raises:
         FoLoRAError: there is no such model, or it cannot be adapted.
     """
+    if settings.model.endswith(GGUF):
+        convert_gguf(Path(settings.model), settings.loading, output)
+        return
     folder = pinned_folder(settings.model, settings.revision, code=settings.loading.trust_remote_code)
     check_model(folder, settings.loading)
     # the hub keeps a snapshot in a folder named after its commit
@@ -59,6 +65,37 @@ def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
     with publish(output) as partial:
         partial.mkdir()
         write_json(partial / MANIFEST_FILE, _manifest(folder, settings.loading, settings.model, commit))
+
+
+def convert_gguf(file: Path, loading: Loading, output: Path) -> None:
+    """Write the dequantised weights and the tokenizer of a GGUF file as a model folder.
+
+    Raises:
+        FoLoRAError: there is no such file, it is damaged or of an unknown architecture, or the extra is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    require(file)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),  # without it the weights cannot be saved
+            dtype=getattr(torch, loading.dtype),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError as error:
+        raise FoLoRAError(f"{file}: reading GGUF needs another package: pip install 'folora[gguf]'") from error
+    except Exception as error:  # the reader of a damaged file may raise anything
+        reason = " ".join(str(error).split())[:200]
+        raise FoLoRAError(f"{file}: cannot be read as GGUF: {reason}") from error
+    with publish(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        check_model(folder, loading)
+        about = {"gguf": {"file": file.name, "digest": digest_of_file(file)}}
+        write_json(folder / MANIFEST_FILE, _manifest(folder, loading, None, None) | about)
 
 
 def _manifest(folder: Path, loading: Loading, source: str | None, commit: str | None) -> Manifest:

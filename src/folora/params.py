@@ -84,10 +84,10 @@ class Loading(Section):
 
 
 class PretrainedFoundation(Section):
-    """A model that exists: a hub id with its revision, or a local folder."""
+    """A model that exists: a hub id with its revision, a local folder, or a GGUF file."""
 
     source: Literal["pretrained"]
-    model: Annotated[str, Field(description="hub id, or a local folder")]
+    model: Annotated[str, Field(description="hub id, local folder, or a file NAME.gguf")]
     revision: Annotated[str | None, Field(description="branch, tag or commit on the hub; its commit is pinned")]
     loading: Loading
 
