@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from folora.params import OfflineFoundation, PretrainedFoundation, World
 
@@ -125,31 +125,36 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def offline_config(settings: OfflineFoundation, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """The shape of the offline model."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.width,
+        intermediate_size=settings.intermediate,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation="eager",  # type: ignore[call-arg]
+    )
+
+
 def pretrain(
     settings: OfflineFoundation, skills: dict[str, Skill], tokenizer: PreTrainedTokenizerFast
 ) -> LlamaForCausalLM:
     """Train a Llama from scratch on the pretraining mixture of the world."""
     import torch
     from tqdm import tqdm
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.width,
-            intermediate_size=settings.intermediate,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            max_position_embeddings=settings.context,
-            tie_word_embeddings=False,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            attn_implementation="eager",  # type: ignore[call-arg]
-        )
-    )
+    model = LlamaForCausalLM(offline_config(settings, tokenizer))
     optimizers = _optimizers(model, settings)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, _schedule(settings.steps)) for o in optimizers]
     batches = _pretraining_batches(settings, skills, tokenizer)

@@ -131,6 +131,23 @@ def cost(runs: Runs = RUNS, as_json: AsJson = False, params_file: ParamsFile = D
         print_table(MethodCost.HEAD, [one.cells() for one in methods])
 
 
+@app.command(rich_help_panel=PANEL, epilog="Example: folora plan --params workflow/presets/baselines.yaml")
+def plan(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Say what a parameter file asks of this machine: memory, disk, tokens and about how long, before it is spent."""
+    from folora.commands.plan import StagePlan, duration, make_plan
+    from folora.coverage import print_coverage
+    from folora.params import load_params
+
+    made = make_plan(load_params(params_file))
+    if as_json:
+        _print_json(made.as_json())
+        return
+    print_coverage(made.covered)
+    print_table(StagePlan.HEAD, [stage.cells() for stage in made.stages])
+    print(f"about {duration(sum(stage.seconds for stage in made.stages))} of computing, evaluations left out")
+    print(*made.warnings, sep="\n")
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")
 def pick(
     keep: Annotated[float, typer.Option(min=0, help="Least share of the base model's kept accuracy.")] = 0.95,

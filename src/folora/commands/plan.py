@@ -1,0 +1,269 @@
+"""What a parameter file asks of a machine, before anything is spent: from the model's shape alone, without its weights.
+
+Times are floating-point operations over the speed of a matrix product measured now, times ``OVERHEAD``: the right order
+of magnitude, no more. Rows count with their greatest length.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import psutil
+
+from folora.coverage import Covered, coverage
+from folora.params import OfflineFoundation
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from folora.params import Params, Run
+
+OVERHEAD = 3.0  # what small products, attention and everything between them cost beyond the large products
+EIGENPROBLEM = 30  # operations per d³: Cholesky, three triangular solves, eigh, two spectra for the health record
+SINGLE, DOUBLE = 4, 8  # bytes of a number
+LIBRARIES = 6e8  # bytes of a process that has loaded them and no model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan follows from.
+
+    Attributes:
+        parameters: of the model.
+        size: bytes of its weights as they are loaded.
+        vocabulary: tokens.
+        width: of the residual stream.
+        intermediate: of the feed-forward layers.
+        blocks: how many.
+        cached: numbers a token leaves in the cache of keys and values.
+        inputs: width d of every distinct layer input.
+        layers: (m, d) of every adapted layer.
+    """
+
+    parameters: int
+    size: int
+    vocabulary: int
+    width: int
+    intermediate: int
+    blocks: int
+    cached: int
+    inputs: list[int]
+    layers: list[tuple[int, int]]
+
+    @property
+    def squares(self) -> int:
+        """Σ d² over the layer inputs."""
+        return sum(d * d for d in self.inputs)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, all of its jobs: tokens and floating-point operations, bytes of disk, and bytes of memory of a job."""
+
+    HEAD: ClassVar = ["stage", "jobs", "tokens", "memory", "disk", "time"]
+
+    stage: str
+    jobs: int
+    tokens: int
+    memory: float
+    disk: float
+    operations: float
+    seconds: float
+
+    def cells(self) -> list[str]:
+        """Cells of a table."""
+        tokens = f"{self.tokens:,}" if self.tokens else "–"
+        return [self.stage, str(self.jobs), tokens, _bytes(self.memory), _bytes(self.disk), duration(self.seconds)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is adapted, what each stage takes, and what does not fit this machine."""
+
+    covered: list[Covered]
+    stages: list[StagePlan]
+    warnings: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for programs."""
+        stages = [vars(one) for one in self.stages]
+        return {"coverage": [vars(one) for one in self.covered], "stages": stages, "warnings": self.warnings}
+
+
+def make_plan(params: Params) -> Plan:
+    """Plan every stage.
+
+    Raises:
+        FoLoRAError: the model's configuration is not to be had.
+    """
+    model = empty_model(params)
+    shape, covered = shape_of(model, params)
+    stages = plan_stages(params, shape, _speed("float32"), _speed("float64"))
+    return Plan(covered, stages, _warnings(stages, shape))
+
+
+def empty_model(params: Params) -> PreTrainedModel:
+    """The base model without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from folora.base import with_plain_layers
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_config(params), attn_implementation="eager")
+    with_plain_layers(model)
+    return model.eval()
+
+
+def _config(params: Params) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    from folora.foundation import GGUF, character_tokenizer, offline_config
+    from folora.hub import from_hub
+
+    settings = params.foundation
+    if isinstance(settings, OfflineFoundation):
+        return offline_config(settings, character_tokenizer())
+    source, options = settings.model, {"revision": settings.revision}
+    if source.endswith(GGUF):
+        source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
+    trusted = settings.loading.trust_remote_code
+    get = partial(AutoConfig.from_pretrained, source, trust_remote_code=trusted, **options)
+    config: PretrainedConfig = from_hub("foundation.model", settings.model, settings.revision, get)
+    return config
+
+
+def shape_of(model: PreTrainedModel, params: Params) -> tuple[Shape, list[Covered]]:
+    """Read the shape off an empty model."""
+    import torch
+
+    from folora.layers import adapted_layers, input_groups
+
+    layers = adapted_layers(model, params.adapter.target_modules)
+    groups = input_groups(model, layers, torch.zeros((1, 2), dtype=torch.long, device="meta"))
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    single = isinstance(params.foundation, OfflineFoundation) or params.foundation.loading.dtype == "float32"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    shape = Shape(
+        parameters=parameters,
+        size=parameters * (SINGLE if single else SINGLE // 2),
+        vocabulary=config.vocab_size,
+        width=config.hidden_size,
+        intermediate=max(layer.out_features for layer in layers.values()),
+        blocks=config.num_hidden_layers,
+        cached=2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * head,
+        inputs=[layers[leader].in_features for leader in groups],
+        layers=[(layer.out_features, layer.in_features) for layer in layers.values()],
+    )
+    return shape, coverage(model, layers)
+
+
+def plan_stages(params: Params, shape: Shape, single: float, double: float) -> list[StagePlan]:
+    """Every stage but evaluate and report, whose items only the tasks know.
+
+    Args:
+        params: the parameter file.
+        shape: of the model.
+        single: float32 operations a second.
+        double: float64 operations a second.
+    """
+    proxy, train = params.proxy, params.train
+    shards, tasks = len(proxy.shards) * len(proxy.sources), len(params.tasks)
+    length = {name: settings.max_length for name, settings in params.tasks.items()}
+    sampled, heldout = shards * proxy.sequences * proxy.max_length, proxy.heldout_sequences * proxy.max_length
+    steps = [_step_tokens(params, run, length[run.task]) for run in params.runs.values()]
+    trained = sum(steps) * train.steps
+
+    forward, moments = 2.0 * shape.parameters, DOUBLE * shape.squares
+    spectrum, scores = 3 * SINGLE * shape.squares, SINGLE * shape.vocabulary
+    hidden = SINGLE * (6 * shape.width + 3 * shape.intermediate)  # of a token within one block
+    factors = SINGLE * params.adapter.rank * sum(m + d for m, d in shape.layers)
+    batch = min(proxy.batch_size, proxy.sequences)
+    sampling = shape.size + batch * (SINGLE * shape.cached * proxy.max_length + 6 * scores)
+    reading = params.covariance.batch_size * max(proxy.max_length, *length.values()) * hidden
+    measuring = 3 * scores * min(params.evaluation.batch_size, proxy.heldout_sequences) * proxy.max_length
+    training = shape.size + spectrum + 4 * factors + max(steps) * (hidden * shape.blocks + 4 * scores) + measuring
+    solving = 3 * moments + 8 * DOUBLE * max(shape.inputs) ** 2
+    cubes = float(sum(d**3 for d in shape.inputs))
+    saved = (train.checkpoints + 1) * factors
+
+    def stage(name: str, jobs: int, tokens: int, memory: float, disk: float, operations: float) -> StagePlan:
+        seconds = OVERHEAD * operations / (double if name == "spectrum" else single)
+        return StagePlan(name, jobs, tokens, LIBRARIES + memory, disk, operations, seconds)
+
+    solved = tasks * len(proxy.sources)
+    return [
+        stage("proxy", shards, sampled, sampling, 3 * SINGLE * sampled, forward * sampled),
+        stage("heldout", 1, heldout, sampling, 3 * SINGLE * heldout, forward * heldout),
+        stage(
+            "covariance",
+            shards + tasks,
+            sampled,
+            shape.size + moments + reading,
+            (shards + tasks) * moments,
+            (forward + 2 * shape.squares) * sampled,
+        ),
+        stage("spectrum", solved, 0, solving, solved * spectrum, solved * EIGENPROBLEM * cubes),
+        stage("train", len(steps), trained, training, len(steps) * saved, 2 * forward * trained),
+    ]
+
+
+def _step_tokens(params: Params, run: Run, length: int) -> int:
+    """Tokens of a training step, padding and all."""
+    replay = params.methods[run.method].replay
+    return (params.train.batch_size + replay) * (max(length, params.proxy.max_length) if replay else length)
+
+
+def _speed(name: str) -> float:
+    """Floating-point operations a second of this machine's large matrix products."""
+    import torch
+
+    size = 1024
+    matrix = torch.rand(size, size, dtype=getattr(torch, name))
+    matrix @ matrix
+    begun = time.perf_counter()
+    matrix @ matrix
+    return 2 * size**3 / (time.perf_counter() - begun)
+
+
+def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
+    """What does not fit this machine, and which layer inputs take most."""
+    memory, free = psutil.virtual_memory().total, shutil.disk_usage(Path.cwd()).free
+    found = [
+        f"{stage.stage} needs {_bytes(stage.memory)} of memory; this machine has {_bytes(memory)}"
+        for stage in stages
+        if stage.memory > memory
+    ]
+    disk = sum(stage.disk for stage in stages)
+    if disk > free:
+        found.append(f"the results need {_bytes(disk)} of disk; {_bytes(free)} are free")
+    widest, moments = max(shape.inputs), DOUBLE * shape.squares
+    share = sum(d * d for d in shape.inputs if d == widest) / shape.squares
+    if moments > max(shape.size, LIBRARIES):
+        wide = f"{share:.0%} of it for {shape.inputs.count(widest)} inputs of width {widest:,}"
+        found.append(
+            f"second moments take {_bytes(moments)}, {wide}: adapter.target_modules may leave these layers out"
+        )
+    return found
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value / 1e3:,.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """About how long, in the unit that suits."""
+    for unit, size in (("d", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,102 @@
+"""The plan of a parameter file against the shapes it follows from, and of a model whose weights are not here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from transformers import LlamaConfig
+
+from folora.commands.plan import LIBRARIES, empty_model, make_plan, plan_stages, shape_of
+from folora.foundation import LOADING
+from folora.layers import adapted_layers
+from folora.params import Params
+from folora.spectrum import read_spectrum
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline, SaveParams
+
+
+def test_the_shape_is_that_of_the_model(pipeline: Pipeline) -> None:
+    shape, covered = shape_of(empty_model(pipeline.params), pipeline.params)
+    model = pipeline.base.load_model()
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    spectrum = read_spectrum(pipeline.spectrum)
+    assert sorted(shape.inputs) == sorted(len(one.eigenvalues) for one in spectrum.inputs.values())
+    weights = [tuple(layer.weight.shape) for layer in adapted_layers(model, "all-linear").values()]
+    assert shape.layers == weights
+    assert sum(one.count for one in covered if one.adapted) == len(weights)
+
+
+def test_disk_is_what_the_artefacts_take(pipeline: Pipeline, runs: Path) -> None:
+    """Up to what a manifest adds."""
+    shape, _ = shape_of(empty_model(pipeline.params), pipeline.params)
+    stages = {stage.stage: stage for stage in plan_stages(pipeline.params, shape, 1e9, 1e9)}
+    moments = [*pipeline.proxy_moments.iterdir(), pipeline.task_moments]
+    assert stages["covariance"].jobs == len(moments)
+    assert stages["covariance"].disk == pytest.approx(sum(path.stat().st_size for path in moments), rel=0.2)
+    assert stages["spectrum"].disk == pytest.approx(pipeline.spectrum.stat().st_size, rel=0.2)
+    adapters = sum(path.stat().st_size for path in runs.rglob("adapter_model.safetensors"))
+    assert stages["train"].disk == pytest.approx(adapters, rel=0.5)  # names of tensors take as much as tiny tensors
+
+
+def test_time_follows_the_operations_and_the_speed(pipeline: Pipeline) -> None:
+    shape, _ = shape_of(empty_model(pipeline.params), pipeline.params)
+    slow, fast = (plan_stages(pipeline.params, shape, speed, 1e9) for speed in (1e9, 4e9))
+    for one, other in zip(slow, fast, strict=True):
+        assert one.memory > LIBRARIES
+        assert one.seconds == pytest.approx(other.seconds * (1 if one.stage == "spectrum" else 4))
+
+
+@pytest.fixture
+def llama_8b(pipeline: Pipeline, tmp_path: Path) -> dict[str, Any]:
+    """Parameters that name a model of Llama-3-8B's shape, of which only the configuration is there."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "llama")
+    loading = LOADING.model_dump() | {"dtype": "bfloat16"}
+    section = {"source": "pretrained", "model": str(tmp_path / "llama"), "revision": None, "loading": loading}
+    return pipeline.values() | {"foundation": section}
+
+
+def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) -> None:
+    plan = make_plan(Params.model_validate(llama_8b))
+    stages = {stage.stage: stage for stage in plan.stages}
+    squares = 32 * (3 * 4096**2 + 14_336**2)
+    assert stages["covariance"].memory > 2 * 8_030_261_248 + 8 * squares
+    assert stages["spectrum"].disk == 3 * 4 * squares
+    assert any("32 inputs of width 14,336" in line for line in plan.warnings)
+    assert any("covariance needs" in line for line in plan.warnings)
+
+
+def test_the_command_prints_the_plan_or_its_values(
+    pipeline: Pipeline, save_params: SaveParams, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from folora.commands.cli import plan
+
+    plan(as_json=False, params_file=save_params(pipeline.values()))
+    printed = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj" in printed
+    assert "of computing, evaluations left out" in printed
+    plan(as_json=True, params_file=save_params(pipeline.values()))
+    found = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in found["stages"]] == ["proxy", "heldout", "covariance", "spectrum", "train"]
+
+
+def test_a_model_that_is_nowhere_is_one_line(llama_8b: dict[str, Any], save_params: SaveParams, tmp_path: Path) -> None:
+    from folora.commands.cli import plan
+    from folora.errors import FoLoRAError
+
+    (tmp_path / "llama" / "config.json").unlink()
+    with pytest.raises(FoLoRAError, match=r"^foundation\.model: .*llama"):
+        plan(as_json=False, params_file=save_params(llama_8b))
