@@ -171,6 +171,38 @@ def pick(
         print(*(f"{choice.text()}\n\n{how.text()}\n" for choice, how in zip(choices, uses, strict=True)), sep="\n")
 
 
+@app.command(rich_help_panel=PANEL, epilog="Example: folora export folora-2e-2-s0 --output exported")
+def export(
+    run: Annotated[str, typer.Argument(help="Entry of runs in params.yaml; folora pick names one.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, in float32.")] = False,
+    runs: Runs = RUNS,
+    evaluations: Evaluations = EVALUATIONS,
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
+    """Write a run's adapter, or the merged model, with a model card that says what it learned and what it kept."""
+    from folora.commands.export import Places, export_run
+    from folora.params import load_params
+
+    places = Places(runs, evaluations, foundation, heldout)
+    difference = export_run(load_params(params_file), run, places, output, merge=merge)
+    print(output if difference is None else f"{output}: merging changed no logit by more than {difference:.1e}")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora push exported me/my-adapter")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Written by folora export.")],
+    repository: Annotated[str, typer.Argument(help="Hub id of the repository; made if it is not there.")],
+    public: Annotated[bool, typer.Option("--public", help="A new repository can be seen by everyone.")] = False,
+) -> None:
+    """Upload an exported folder to a hub. Nothing else of this project does."""
+    from folora.commands.export import push_folder
+
+    print(push_folder(folder, repository, private=not public))
+
+
 @app.command(
     rich_help_panel=PANEL,
     epilog="Example: folora forget ~/adapters/mine --spectrum artifacts/spectrum/spelled/sampled.safetensors",

@@ -1,0 +1,197 @@
+"""A run as others take it over: its adapter with a model card, or the merged model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from folora.base import open_base
+from folora.commands.results import base_record, final_record
+from folora.errors import FoLoRAError
+from folora.hub import from_hub
+from folora.params import flatten
+from folora.serving import PEFT_CONFIG, usage_of
+from folora.storage import MANIFEST_FILE, check_manifest, publish, read_json, read_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.base import Base
+    from folora.comparison import Record
+    from folora.params import Params
+
+COMPARED = 16  # held-out rows on which a merged model is compared with base and adapter
+CLOSE = 1e-3  # logits of a merge in float32 differ by less
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+{what} of `{model}` for the task `{task}`, made by the method `{kind}` with FoLoRA's pipeline.
+
+| on the test split | base | adapted |
+| --- | ---: | ---: |
+{figures}
+
+KL to the base model on its own text: {kl:.4f} nats per token.{merged}
+
+## Use
+
+```python
+{load}
+```
+
+## How it was made
+
+| parameter | value |
+| --- | --- |
+{parameters}
+"""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the results of a pipeline lie.
+
+    Attributes:
+        runs: folder with METHOD/RUN.
+        evaluations: folder with the results.
+        foundation: output of the foundation stage.
+        heldout: text that a merged model is compared on.
+    """
+
+    runs: Path
+    evaluations: Path
+    foundation: Path
+    heldout: Path
+
+
+def export_run(params: Params, name: str, places: Places, output: Path, *, merge: bool) -> float | None:
+    """Write a folder with the adapter, or the merged model in float32, and its model card.
+
+    Args:
+        params: names the run.
+        name: of the run.
+        places: where the results lie.
+        output: the folder to write.
+        merge: whether the adapter becomes a part of the weights.
+
+    Returns:
+        The greatest difference between logits before and after merging; None without a merge.
+
+    Raises:
+        FoLoRAError: the run is missing, not measured, changes whole weights and is not merged, or a merge went wrong.
+    """
+    found = final_record(params, name, places.evaluations)
+    before = base_record(params.runs[name].task, places.evaluations)
+    folder = places.runs / params.runs[name].method / name
+    manifest = read_json(folder / MANIFEST_FILE)
+    base = open_base(places.foundation)
+    check_manifest(folder, manifest, artefact="run", run=name, **base.identity)
+    adapter = folder / "adapter"
+    if not merge and not (adapter / PEFT_CONFIG).exists():
+        raise FoLoRAError(f"{name}: changed whole weights, which no adapter holds: --merge writes the model")
+    with publish(output) as made:
+        difference = None
+        if merge:
+            difference = _write_merged(base, adapter, places.heldout, made)
+        else:
+            shutil.copytree(adapter, made)
+        model = base.manifest["source"] or str(base.folder)
+        how = _load_merged(adapter) if merge else usage_of(name, adapter, model).load
+        load = how.replace(str(adapter), str(output))
+        card = model_card(manifest, model, before, found, load, difference)
+        (made / "README.md").write_text(card)
+    return difference
+
+
+def _write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> float:
+    import torch
+
+    from folora.adapter import load_checkpoint
+    from folora.layers import batches
+
+    tokenizer = base.load_tokenizer()
+    rows = read_table(heldout, artefact="proxy", **base.identity)[0]["token_ids"].to_pylist()[:COMPARED]
+    input_ids, mask, _ = next(batches(rows, COMPARED, tokenizer.pad_token_id, base.loading.device))
+    model: Any = load_checkpoint(base.load_model().float(), adapter)
+    with torch.no_grad():
+        before = model(input_ids=input_ids, attention_mask=mask).logits[mask]
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        after = model(input_ids=input_ids, attention_mask=mask).logits[mask]
+    difference = float((after - before).abs().max())
+    if not difference < CLOSE:
+        raise FoLoRAError(f"{adapter}: merging changes the logits by {difference:.1e}: use the adapter as it is")
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return difference
+
+
+def model_card(
+    manifest: dict[str, Any], model: str, before: Record, found: Record, load: str, difference: float | None
+) -> str:
+    """The README of an exported folder, in the hub's format: where it comes from, what it keeps, how it was made.
+
+    Args:
+        manifest: of the run.
+        model: hub id or folder of the base model.
+        before: metrics of the base model.
+        found: metrics of the run.
+        load: Python that loads it.
+        difference: between logits before and after merging; None of an adapter.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    name, kind, task = manifest["run"], manifest["params"]["method"]["kind"], manifest["params"]["run"]["task"]
+    rows = ["target", "kept", *(row for row in found if row.startswith("kept/"))]
+    metadata = ModelCardData(
+        base_model=model,
+        library_name="peft" if difference is None else "transformers",
+        pipeline_tag="text-generation",
+        tags=["folora", kind],
+        model_name=name,
+        eval_results=[EvalResult("text-generation", task, row, "accuracy", found[row]) for row in ("target", "kept")],
+    )
+    return CARD.format(
+        metadata=metadata.to_yaml(),
+        title=name,
+        what="An adapter" if difference is None else "A fine-tuned model, merged in float32",
+        model=model,
+        task=task,
+        kind=kind,
+        figures="\n".join(f"| {row} | {before[row]:.3f} | {found[row]:.3f} |" for row in rows),
+        kl=found["kl"],
+        merged="" if difference is None else f" Merging changed no logit by more than {difference:.1e}.",
+        load=load,
+        parameters="\n".join(f"| `{key}` | {value} |" for key, value in sorted(flatten(manifest["params"]).items())),
+    )
+
+
+def _load_merged(place: Path) -> str:
+    return (
+        f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({str(place)!r})"
+    )
+
+
+def push_folder(folder: Path, repository: str, *, private: bool) -> str:
+    """Upload an exported folder to a hub; returns its address.
+
+    Raises:
+        FoLoRAError: it is no exported folder, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if not (folder / "README.md").is_file():
+        raise FoLoRAError(f"{folder}: holds no model card: write it with folora export")
+    api = HfApi()
+
+    def upload() -> str:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder))
+
+    address: str = from_hub("push", repository, None, upload)
+    return address

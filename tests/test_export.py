@@ -1,0 +1,83 @@
+"""What is handed on: adapters and merged models, each with a card that says what it learned and kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from folora.commands.export import Places, export_run, push_folder
+from folora.errors import FoLoRAError
+from folora.storage import read_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import Pipeline
+
+RUN = "folora-replay-1e-2-s0"
+IDS = torch.tensor([[1, 8, 5, 9, 20]])
+
+
+@pytest.fixture
+def places(pipeline: Pipeline, runs: Path, evaluations: Path) -> Places:
+    return Places(runs, evaluations, pipeline.foundation, pipeline.heldout)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def test_an_exported_adapter_is_the_run_s_with_a_card(
+    places: Places, pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    assert export_run(pipeline.params, RUN, places, tmp_path / "out", merge=False) is None
+    own = runs / "folora-replay" / RUN / "adapter"
+    for path in own.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == str(pipeline.foundation)
+    assert card.data.library_name == "peft"
+    *_, metrics = read_table(evaluations / "folora-replay" / "metrics.parquet")[0].to_pylist()
+    results = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert results == {"target": metrics["target"], "kept": metrics["kept"]}
+    for line in (f"| kept/home | 0.000 | {metrics['kept/home']:.3f} |", "| `method.kind` | folora |"):
+        assert line in card.text
+    PeftModel.from_pretrained(pipeline.base.load_model(), tmp_path / "out")
+
+
+def test_a_merged_model_stands_by_itself(places: Places, pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
+    difference = export_run(pipeline.params, RUN, places, tmp_path / "out", merge=True)
+    assert difference is not None
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    adapted = PeftModel.from_pretrained(pipeline.base.load_model(), runs / "folora-replay" / RUN / "adapter")
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token_id == 1
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert f"Merging changed no logit by more than {difference:.1e}" in card.text
+
+
+def test_what_cannot_be_exported_is_named(places: Places, pipeline: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(FoLoRAError, match=r"runs: 'nobody' is not in params\.yaml"):
+        export_run(pipeline.params, "nobody", places, tmp_path / "out", merge=False)
+    with pytest.raises(FoLoRAError, match="holds no model card"):
+        push_folder(tmp_path, "me/mine", private=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merge_that_changes_the_model_is_refused(
+    places: Places, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(self: Any) -> Any:
+        return self.unload()
+
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lose, raising=False)
+    with pytest.raises(FoLoRAError, match="merging changes the logits by"):
+        export_run(pipeline.params, RUN, places, tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
