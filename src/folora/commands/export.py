@@ -154,7 +154,9 @@ def model_card(
         pipeline_tag="text-generation",
         tags=["folora", kind],
         model_name=name,
-        eval_results=[EvalResult("text-generation", task, row, "accuracy", found[row]) for row in ("target", "kept")],
+        eval_results=[
+            EvalResult("text-generation", f"{task}-{row}", row, "accuracy", found[row]) for row in ("target", "kept")
+        ],
     )
     return CARD.format(
         metadata=metadata.to_yaml(),
