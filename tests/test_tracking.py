@@ -18,6 +18,7 @@ from conftest import ROOT
 
 import folora.tracking
 from folora.commands.publish import publish_runs
+from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.evaluate import evaluate_method
 from folora.params import Tracking
@@ -324,12 +325,24 @@ def test_published_twice_is_there_once(
     params = logging_to(pipeline.params, store)
     monkeypatch.chdir(pipeline.folder)  # where the journals of the fixture are
     done = publish_runs(params, runs, evaluations, store.uri)
-    assert (done.sent, done.unmeasured, done.missing) == ([LORA, REPLAY], [], [])
+    assert (done.sent, done.unmeasured, done.missing) == ([LORA, REPLAY, BASE], [], [])
     first, stored = logged(store), histories(store)
     publish_runs(params, runs, evaluations, store.uri)
     assert [run.to_dictionary() for run in logged(store)] == [run.to_dictionary() for run in first]
     assert histories(store) == stored
     assert stored == logged_live(pipeline, stored)
+
+
+def test_the_base_model_stands_beside_the_runs(
+    pipeline: Pipeline, runs: Path, evaluations: Path, store: Tracking
+) -> None:
+    publish_runs(logging_to(pipeline.params, store), runs, evaluations, store.uri)
+    (base,) = (run for run in logged(store) if run.data.tags["method"] == BASE)
+    (measured,) = read_table(evaluations / BASE / "metrics.parquet")[0].to_pylist()
+    for name in ("target", "kept", "perplexity"):
+        assert base.data.metrics[name] == pytest.approx(measured[name])
+    assert base.info.run_name == "base · subtraction"
+    assert base.info.status == "FINISHED"
 
 
 def test_artefacts_alone_are_enough(pipeline: Pipeline, runs: Path, evaluations: Path, store: Tracking) -> None:
@@ -350,8 +363,8 @@ def test_results_of_another_training_are_not_published(
     manifest.write_text(manifest.read_text().replace('"threads": 1', '"threads": 2'))
     shutil.rmtree(tmp_path / "runs" / "folora-replay")
     done = publish_runs(logging_to(pipeline.params, store), tmp_path / "runs", evaluations, store.uri)
-    assert (done.sent, done.unmeasured, done.missing) == ([], [LORA], [REPLAY])
-    (run,) = logged(store)
+    assert (done.sent, done.unmeasured, done.missing) == ([BASE], [LORA], [REPLAY])
+    (run,) = (run for run in logged(store) if run.data.tags["run"] == LORA)
     assert "train/loss" in run.data.metrics
     assert "kept" not in run.data.metrics
 

@@ -20,9 +20,10 @@ from folora.errors import FoLoRAError
 from folora.harness import Harness
 from folora.params import run_params
 from folora.proxy import HELDOUT
-from folora.records import read_record, source_tags
+from folora.records import base_records, read_record, source_tags
 from folora.storage import (
     MANIFEST_FILE,
+    METRICS_FILE,
     check_fields,
     check_manifest,
     digest_of,
@@ -75,7 +76,7 @@ class Evaluator:
 
 
 def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output: Path) -> None:
-    """Measure the base model on the tasks of every adaptation."""
+    """Measure the base model on the tasks of every adaptation, and show it in MLflow beside the runs."""
     evaluator = Evaluator(params, base, tasks, heldout)
     metrics: list[Record] = []
     answers: list[Record] = []
@@ -85,6 +86,9 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
         metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.divergence(evaluator.model))})
         answers += [{**key, **answer} for answer in answered]
     _write(output, metrics, answers, {})
+    with sending(params.tracking) as sender:
+        for record in base_records(output / METRICS_FILE, source_tags(params)):
+            sender.send(record)
 
 
 def evaluate_method(
@@ -186,6 +190,6 @@ def _write(output: Path, metrics: list[Record], answers: list[Record], runs: dic
     with publish(output) as folder:
         folder.mkdir()
         about = {"artefact": "metrics", "runs": runs}
-        write_table(folder / "metrics.parquet", pa.Table.from_pylist(metrics), about)
-        manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
+        write_table(folder / METRICS_FILE, pa.Table.from_pylist(metrics), about)
+        manifest = {"artefact": "answers", "metrics": digest_of_file(folder / METRICS_FILE)}
         write_table(folder / "answers.parquet", pa.Table.from_pylist(answers), manifest)

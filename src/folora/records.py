@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folora.comparison import BASE
 from folora.git import git
 from folora.params import flatten
 from folora.presets import preset_of
@@ -180,6 +181,28 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
         final_step=max(int(checkpoint.name) for checkpoint in require(folder / "checkpoints").iterdir()),
         adapter=peft_adapter(folder),
     )
+
+
+def base_records(metrics: Path, source: dict[str, str]) -> list[Record]:
+    """The base model as a run of its own on every adaptation, for the others to be compared with.
+
+    Args:
+        metrics: of its evaluation.
+        source: tags of where it was measured.
+
+    Raises:
+        FoLoRAError: the file is missing or damaged.
+    """
+    rows = read_table(metrics, artefact="metrics")[0].to_pylist()
+    digest, now = digest_of_file(metrics), int(time.time() * 1000)
+    records = []
+    for row in rows:
+        task = row["adaptation"]
+        tags = {"method": BASE, "kind": BASE, "task": task, "run": BASE}
+        card = Card(BASE, f"{BASE} · {task}", digest_of([digest, task]), tags, {}, [])
+        readings = [Reading(key, value, step, now) for key, value, step in evaluation_readings([row])]
+        records.append(Record(card, source, readings, 0, None))
+    return records
 
 
 def peft_adapter(run: Path) -> Path | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from folora.comparison import BASE
 from folora.errors import FoLoRAError
-from folora.records import read_record, source_tags
-from folora.storage import MANIFEST_FILE, digest_of, read_json, read_table
+from folora.records import base_records, read_record, source_tags
+from folora.storage import MANIFEST_FILE, METRICS_FILE, digest_of, read_json, read_table
 from folora.tracking import send_all
 
 if TYPE_CHECKING:
@@ -45,9 +46,13 @@ def publish_runs(params: Params, runs: Path, evaluations: Path, uri: str) -> Pub
         if not (folder / MANIFEST_FILE).exists():
             done.missing.append(name)
             continue
-        results = results_of(folder, evaluations / run.method / "metrics.parquet")
+        results = results_of(folder, evaluations / run.method / METRICS_FILE)
         records.append(read_record(folder, results, source))
         (done.sent if results else done.unmeasured).append(name)
+    measured = evaluations / BASE / METRICS_FILE
+    if records and measured.exists():
+        records += base_records(measured, source)
+        done.sent.append(BASE)
     if not records:
         raise FoLoRAError(f"{runs}: holds no finished run of params.yaml: run `dvc repro` first")
     send_all(uri, params.tracking.experiment, records)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from folora.comparison import BASE, last_checkpoints
 from folora.errors import FoLoRAError
-from folora.storage import read_table
+from folora.storage import METRICS_FILE, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def final_record(params: Params, run: str, evaluations: Path) -> Record:
 
 
 def _find(folder: str, column: str, value: str, evaluations: Path) -> Record:
-    path = evaluations / folder / "metrics.parquet"
+    path = evaluations / folder / METRICS_FILE
     records = [row for row in read_table(path, artefact="metrics")[0].to_pylist() if row[column] == value]
     if not records:
         stage = "evaluate-base" if folder == BASE else f"evaluate@{folder}"

@@ -10,6 +10,7 @@ from folora.errors import FoLoRAError
 from folora.paired import BASE_CHECKPOINT
 from folora.storage import (
     MANIFEST_FILE,
+    METRICS_FILE,
     check_manifest,
     digest_of_file,
     read_json,
@@ -118,12 +119,12 @@ def read_spectrum(path: Path) -> Spectrum:
 
 
 def _metrics(folder: Path) -> list[Record]:
-    table, _ = read_table(folder / "metrics.parquet", artefact="metrics")
+    table, _ = read_table(folder / METRICS_FILE, artefact="metrics")
     return table.to_pylist()
 
 
 def _answers(folder: Path) -> Any:
-    metrics = digest_of_file(folder / "metrics.parquet")
+    metrics = digest_of_file(folder / METRICS_FILE)
     return read_table(folder / "answers.parquet", artefact="answers", metrics=metrics)[0]
 
 
