@@ -11,7 +11,7 @@ from typing import Any
 
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
-from dvc.repo import Repo
+from dvc.repo import Repo, lock_repo
 
 from folora.errors import FoLoRAError
 from folora.params import flatten
@@ -145,6 +145,25 @@ def _parameter_changes(recorded: dict[str, Any], current: dict[str, Any]) -> lis
     ]
 
 
+def record_stages(root: Path, names: list[str]) -> None:
+    """Record stages that have just run, as ``dvc commit --force`` does for one, but reading and writing the lock once.
+
+    Raises:
+        FoLoRAError: an output or a dependency is missing, or there is no such stage.
+    """
+    with _repository(root, wait=True) as repo:
+        try:
+            with lock_repo(repo):
+                stages = {stage.addressing: stage for stage in repo.index.stages}
+                ran = [stages[name] for name in names]
+                for stage in ran:
+                    stage.save()
+                    stage.commit(relink=False)
+                ran[0].dvcfile.dump_stages(ran, update_pipeline=False)
+        except (DvcException, KeyError) as error:
+            raise FoLoRAError(f"{root}: cannot record {', '.join(names)}: {' '.join(str(error).split())}") from error
+
+
 def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
     """The named stages and every stage that reads what they make, directly or not."""
     found = set(names)
@@ -162,9 +181,10 @@ def _overlap(dependency: str, output: str) -> bool:
     return first == second or first in second.parents or second in first.parents
 
 
-def _repository(root: Path) -> Repo:
+def _repository(root: Path, *, wait: bool = False) -> Repo:
+    """The repository; with ``wait`` another process may hold its lock for a while."""
     try:
-        return Repo(str(root))
+        return Repo(str(root), _wait_for_lock=wait)
     except DvcException as error:
         reason = " ".join(str(error).split())
         raise FoLoRAError(

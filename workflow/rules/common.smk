@@ -1,13 +1,14 @@
 # What DVC knows: the resolved stages, and which of them are stale.
 #
 # DVC decides what is stale, Snakemake only in which order it runs. A stage that is neither stale nor below a stale one
-# sees its inputs as ancient; a stale stage gets a marker file, newer than its outputs, as an input. Each job records
-# its stage with DVC when it ends, so that after either runner the other finds nothing to do.
+# sees its inputs as ancient; a stale stage gets a marker file, newer than its outputs, as an input. What a job has
+# finished is recorded with DVC, so that after either runner the other finds nothing to do.
 import shutil
 import time
 from pathlib import Path
 
 from folora.dag import below, is_folder, resolve_stages, stale_stages
+from folora.finished import Recording, mark_of
 
 ROOT = Path(workflow.basedir)
 MARKERS = Path(".snakemake/stale")
@@ -16,6 +17,7 @@ STAGES = resolve_stages(ROOT)
 # a process that Snakemake starts for a single job takes no DVC lock: what is stale was settled when the run began
 STALE = stale_stages(ROOT) & STAGES.keys() if workflow.is_main_process else set()
 UNSETTLED = below(STAGES, STALE)
+RECORDING = Recording()
 EVERY_OUTPUT = [path for stage in STAGES.values() for path in stage.outputs]
 
 if workflow.is_main_process:

@@ -67,6 +67,17 @@ def use(
     print(f"{params_file} is now {preset}: dvc repro runs what it needs")
 
 
+@app.command(hidden=True)
+def record(stages: Annotated[list[str], typer.Argument(help="Names of stages that have just run.")]) -> None:
+    """Record stages with DVC; what Snakemake does while it runs."""
+    import logging
+
+    from folora.dag import record_stages
+
+    logging.getLogger("dvc").setLevel(logging.CRITICAL)  # it has a bar for everything else
+    record_stages(Path.cwd(), stages)
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: folora why train@folora-1e-2-s0")
 def why(
     stage: Annotated[str, typer.Argument(help="A stage, or the name that several share: train.")],
