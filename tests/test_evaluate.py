@@ -200,6 +200,15 @@ def test_bad_run_is_one_line(
     assert expected in line
 
 
+def test_a_base_with_too_many_predictions_is_measured_too(
+    pipeline: Pipeline, evaluations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("folora.divergence.KEPT_BYTES", 0)
+    found = Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout).base_divergence()
+    (row,) = rows(evaluations / "base" / "metrics.parquet")
+    assert (found.kl, found.perplexity) == (0, pytest.approx(row["perplexity"]))
+
+
 def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(FoLoRAError, match=r"subtraction\.parquet: made with artefact task, but proxy is expected"):
         Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.task)

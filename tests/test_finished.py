@@ -67,7 +67,9 @@ def test_marks_of_a_killed_workflow_are_forgotten(ran: object, graph: Path) -> N
 
 
 def test_marks_that_could_not_be_recorded_stay(
-    ran: object, graph: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    ran: object,
+    graph: Path,
+    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
 ) -> None:
     del ran
     recording = Recording()

@@ -142,6 +142,13 @@ def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None
         asked.answers(model, ["humaneval"])
 
 
+@pytest.mark.parametrize(("content", "expected"), [("a: [", "not valid YAML"), ("words", "expected a table")])
+def test_a_file_that_is_no_task_is_named(content: str, expected: str, pipeline: Pipeline, folder: Path) -> None:
+    (folder / "evaluation" / "broken.yaml").write_text(content)
+    with pytest.raises(FoLoRAError, match=rf"broken\.yaml: {expected}"):
+        harness(pipeline, folder).question("broken")
+
+
 def test_missing_data_is_named(pipeline: Pipeline, folder: Path) -> None:
     (folder / "items.jsonl").unlink()
     with pytest.raises(FoLoRAError, match=r"items\.jsonl: not found"):

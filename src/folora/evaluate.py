@@ -66,6 +66,10 @@ class Evaluator:
         """KL to the base and perplexity on the held-out text."""
         return self._text.measure(model)
 
+    def base_divergence(self) -> Divergence:
+        """The same of the base model itself, before anything is loaded on it."""
+        return self._text.measure(self.model, lambda batch: self.model(**batch, use_cache=False).logits)
+
     def answers(self, model: PreTrainedModel | PeftModel, task_names: list[str]) -> list[Record]:
         """Ask every item of the named tasks; see ``Harness.answers``."""
         return self._harness.answers(model, task_names)
@@ -83,7 +87,7 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
     for name, settings in params.tasks.items():
         key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
         answered = evaluator.answers(evaluator.model, evaluator.tasks_of(settings))
-        metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.divergence(evaluator.model))})
+        metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.base_divergence())})
         answers += [{**key, **answer} for answer in answered]
     _write(output, metrics, answers, {})
     with sending(params.tracking) as sender:

@@ -159,11 +159,17 @@ def _own_task(path: Path, folder: Path) -> Record:
     """A task file, its data files made absolute.
 
     Raises:
-        FoLoRAError: a data file is missing.
+        FoLoRAError: not YAML, or a data file is missing.
     """
     from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
-    spec: Record = YAML(typ="safe", pure=True).load(path)
+    try:
+        spec: Record = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise FoLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(spec, dict):
+        raise FoLoRAError(f"{path}: expected a table: a task of the harness")
     files = spec.get("dataset_kwargs", {}).get("data_files")
     if files is not None:
         spec["dataset_kwargs"]["data_files"] = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def from_hub(key: str, source: str, revision: str | None, get: Callable[[], Any]) -> Any:
@@ -55,7 +55,8 @@ def _why(error: Exception, source: str, revision: str | None) -> str:
     return f"{source!r} is neither a folder here nor to be had from the hub: {reason}"
 
 
-def _causes(error: BaseException | None) -> Any:
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what led to it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -100,7 +100,7 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout)
     spectrum = read_spectrum(yardsticks.spectrum, **base.identity)
     tasks = [name for name in params.evaluation.kept if (yardsticks.tasks / "evaluation" / f"{name}.yaml").exists()]
-    base_perplexity = evaluator.divergence(evaluator.model).perplexity
+    base_perplexity = evaluator.base_divergence().perplexity
     before = accuracies(evaluator.answers(evaluator.model, tasks)) if tasks else {}
     model = put_on(evaluator.model, adapter)
     divergence = evaluator.divergence(model)
