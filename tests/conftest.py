@@ -272,3 +272,47 @@ def mount(*arguments: str | Path) -> None:
     done = subprocess.run(["mount", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+
+
+GRAPH = """
+stages:
+  first:
+    cmd: cp source first.txt
+    deps: [source]
+    params: [scale, table.depth]
+    outs: [first.txt]
+    meta: {threads: 1, mem_mb: 1}
+  second:
+    foreach: [a, b]
+    do:
+      cmd: cat first.txt first.txt > ${item}.txt
+      deps: [first.txt]
+      outs: ["${item}.txt"]
+      meta: {threads: 1, mem_mb: 1}
+  third:
+    cmd: cat a.txt b.txt > third.txt
+    deps: [a.txt, b.txt]
+    outs: [third.txt]
+    meta: {threads: 1, mem_mb: 1}
+"""
+GRAPH_PARAMS = "scale: 1\ntable: {depth: {left: 2, right: 3}}\n"
+
+
+@pytest.fixture(scope="session")
+def made_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository in which every stage has run."""
+    folder = tmp_path_factory.mktemp("graph")
+    (folder / "dvc.yaml").write_text(GRAPH)
+    (folder / "params.yaml").write_text(GRAPH_PARAMS)
+    (folder / "source").write_text("text\n")
+    for command in (["dvc", "init", "--no-scm", "--quiet"], ["dvc", "repro", "--quiet"]):
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def graph(made_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change, as working folder."""
+    shutil.copytree(made_graph, tmp_path / "graph")
+    monkeypatch.chdir(tmp_path / "graph")
+    return tmp_path / "graph"

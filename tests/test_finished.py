@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from ruamel.yaml import YAML
-from test_why import graph, made  # noqa: F401 - fixtures
 
 from folora.dag import record_stages, stale_stages
 from folora.errors import FoLoRAError
@@ -20,7 +19,7 @@ NAMES = ["first", "second@a", "second@b", "third"]
 
 
 @pytest.fixture
-def ran(graph: Path) -> object:  # noqa: F811
+def ran(graph: Path) -> object:
     """The lock that DVC wrote; what it recorded is forgotten, while the outputs stand."""
     lock = graph / "dvc.lock"
     content = YAML(typ="safe").load(lock)
@@ -28,7 +27,7 @@ def ran(graph: Path) -> object:  # noqa: F811
     return content
 
 
-def test_a_batch_is_recorded_as_dvc_does_it(ran: object, graph: Path) -> None:  # noqa: F811
+def test_a_batch_is_recorded_as_dvc_does_it(ran: object, graph: Path) -> None:
     record_stages(graph, NAMES[1:3])
     assert stale_stages(graph) == {"first", "third"}
     record_stages(graph, [NAMES[3], NAMES[0]])
@@ -37,7 +36,7 @@ def test_a_batch_is_recorded_as_dvc_does_it(ran: object, graph: Path) -> None:  
 
 
 @pytest.mark.parametrize(("name", "missing"), [("nobody", None), ("third", "third.txt"), ("second@a", "first.txt")])
-def test_what_cannot_be_recorded_is_one_line(name: str, missing: str | None, ran: object, graph: Path) -> None:  # noqa: F811
+def test_what_cannot_be_recorded_is_one_line(name: str, missing: str | None, ran: object, graph: Path) -> None:
     del ran
     if missing:
         (graph / missing).unlink()
@@ -46,7 +45,7 @@ def test_what_cannot_be_recorded_is_one_line(name: str, missing: str | None, ran
     assert not (graph / "dvc.lock").exists()
 
 
-def test_marks_are_recorded_while_others_run_and_at_the_end(ran: object, graph: Path) -> None:  # noqa: F811
+def test_marks_are_recorded_while_others_run_and_at_the_end(ran: object, graph: Path) -> None:
     recording = Recording(interval=0.01)
     recording.start()
     for name in NAMES:
@@ -56,7 +55,7 @@ def test_marks_are_recorded_while_others_run_and_at_the_end(ran: object, graph: 
     assert YAML(typ="safe").load(graph / "dvc.lock") == ran
 
 
-def test_marks_of_a_killed_workflow_are_forgotten(ran: object, graph: Path) -> None:  # noqa: F811
+def test_marks_of_a_killed_workflow_are_forgotten(ran: object, graph: Path) -> None:
     del ran
     MARKS.mkdir(parents=True)
     mark_of("first").touch()
@@ -69,7 +68,7 @@ def test_marks_of_a_killed_workflow_are_forgotten(ran: object, graph: Path) -> N
 def test_marks_that_could_not_be_recorded_stay(
     ran: object,
     graph: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     del ran
     recording = Recording()

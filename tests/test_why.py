@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import GRAPH, GRAPH_PARAMS
 from typer.testing import CliRunner
 
 from folora.cli import app
@@ -17,49 +16,6 @@ from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-STAGES = """
-stages:
-  first:
-    cmd: cp source first.txt
-    deps: [source]
-    params: [scale, table.depth]
-    outs: [first.txt]
-    meta: {threads: 1, mem_mb: 1}
-  second:
-    foreach: [a, b]
-    do:
-      cmd: cat first.txt first.txt > ${item}.txt
-      deps: [first.txt]
-      outs: ["${item}.txt"]
-      meta: {threads: 1, mem_mb: 1}
-  third:
-    cmd: cat a.txt b.txt > third.txt
-    deps: [a.txt, b.txt]
-    outs: [third.txt]
-    meta: {threads: 1, mem_mb: 1}
-"""
-PARAMS = "scale: 1\ntable: {depth: {left: 2, right: 3}}\n"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository in which every stage has run."""
-    folder = tmp_path_factory.mktemp("graph")
-    (folder / "dvc.yaml").write_text(STAGES)
-    (folder / "params.yaml").write_text(PARAMS)
-    (folder / "source").write_text("text\n")
-    for command in (["dvc", "init", "--no-scm", "--quiet"], ["dvc", "repro", "--quiet"]):
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture
-def graph(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy to change, as working folder."""
-    shutil.copytree(made, tmp_path / "graph")
-    monkeypatch.chdir(tmp_path / "graph")
-    return tmp_path / "graph"
 
 
 def test_nothing_changed(graph: Path) -> None:
@@ -90,7 +46,7 @@ def test_a_parameter_is_named_with_both_values(graph: Path) -> None:
 def test_files_and_commands_are_named(graph: Path) -> None:
     (graph / "source").write_text("other\n")
     (graph / "third.txt").unlink()
-    (graph / "dvc.yaml").write_text(STAGES.replace("cat first.txt first.txt", "cat first.txt"))
+    (graph / "dvc.yaml").write_text(GRAPH.replace("cat first.txt first.txt", "cat first.txt"))
     changes = stale_changes(graph)
     assert changes["first"] == [Change("dependency", "source", "modified")]
     assert changes["second@a"] == [Change("command", "cat first.txt > a.txt", "modified")]
@@ -120,7 +76,7 @@ def test_unknown_stage_suggests(graph: Path) -> None:
 
 
 def test_json_and_text(graph: Path) -> None:
-    (graph / "params.yaml").write_text(PARAMS.replace("scale: 1", "scale: 2"))
+    (graph / "params.yaml").write_text(GRAPH_PARAMS.replace("scale: 1", "scale: 2"))
     said = json.loads(CliRunner().invoke(app, ["why", "first", "--json"]).stdout)
     change = {"kind": "parameter", "name": "scale", "state": "modified", "before": 1, "after": 2}
     assert said == [{"stage": "first", "changes": [change], "above": {}, "stale": True}]
