@@ -40,7 +40,7 @@ DATASET_DIGEST_LIMIT = 36
 METRICS_LIMIT = 1000  # of one request
 PATIENCE = 30.0  # seconds that the end of a run waits for what is still being sent
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
-NOTE = """FoLoRA: one MLflow run for each entry of `runs:` in params.yaml.
+NOTE = """FoLoRA: one MLflow run for each entry of `runs:` in params.yaml, and one for the base model.
 
 **At a glance.** Columns: the metrics `target`, `kept` and `kl`, the parameters `run.method` and `run.learning_rate`; \
 group by the tag `method`. Chart: select all runs, *Compare*, *Scatter Plot* with x = `target`, y = `kept`: the upper \
