@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from folora.params import Params, Run
 
-OVERHEAD = 3.0  # what small products, attention and everything between them cost beyond the large products
+OVERHEAD = 3.0  # assumed, not measured: what small products and all between them cost beyond the large ones
 EIGENPROBLEM = 30  # operations per d³: Cholesky, three triangular solves, eigh, two spectra for the health record
 SINGLE, DOUBLE = 4, 8  # bytes of a number
 LIBRARIES = 6e8  # bytes of a process that has loaded them and no model
