@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folora.errors import FoLoRAError
-from folora.harness import Harness, Question
+from folora.harness import Harness
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,8 +109,8 @@ def test_the_first_filter_counts(pipeline: Pipeline, folder: Path) -> None:
 
 def test_a_group_is_one_figure_over_all_of_its_items(pipeline: Pipeline, folder: Path) -> None:
     asked = harness(pipeline, folder)
-    parts = {name: asked.question(name).tasks[name] for name in ("likely", "choice")}
-    asked._questions["both"] = Question("both", parts)
+    parts = {name: asked.tasks(name)[name] for name in ("likely", "choice")}
+    asked._tasks["both"] = parts
     answers = asked.answers(pipeline.base.load_model(), ["both"])
     assert [(answer["task"], answer["item"]) for answer in answers] == [("both", i) for i in range(2 * len(ITEMS))]
     apart = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely", "choice"])
@@ -146,10 +146,10 @@ def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None
 def test_a_file_that_is_no_task_is_named(content: str, expected: str, pipeline: Pipeline, folder: Path) -> None:
     (folder / "evaluation" / "broken.yaml").write_text(content)
     with pytest.raises(FoLoRAError, match=rf"broken\.yaml: {expected}"):
-        harness(pipeline, folder).question("broken")
+        harness(pipeline, folder).tasks("broken")
 
 
 def test_missing_data_is_named(pipeline: Pipeline, folder: Path) -> None:
     (folder / "items.jsonl").unlink()
     with pytest.raises(FoLoRAError, match=r"items\.jsonl: not found"):
-        harness(pipeline, folder).question("likely")
+        harness(pipeline, folder).tasks("likely")

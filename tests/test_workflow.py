@@ -64,6 +64,14 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
     assert all((ROOT / path).exists() for path in listed)
 
 
+def test_both_evaluations_depend_on_what_asks_and_on_its_tasks(stages: dict[str, Stage]) -> None:
+    evaluations = [stage for name, stage in stages.items() if name.startswith("evaluate")]
+    assert len(evaluations) > 1
+    for stage in evaluations:
+        assert "src/folora/harness.py" in stage.sources
+        assert re.search(r"--tasks (\S+)", stage.command).group(1) in (*stage.inputs, *stage.sources)  # type: ignore[union-attr]
+
+
 def test_a_stage_depends_on_its_own_method_only(stages: dict[str, Stage]) -> None:
     document = YAML(typ="safe", pure=True).load(ROOT / "dvc.yaml")
     assert "methods" not in document["stages"]["train"]["do"]["params"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +24,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-LIKELIHOOD = "likelihood"
 METRICS = ("acc_norm", "exact_match", "acc", "f1", "prompt_level_strict_acc")  # the first that a task has is its score
-
-
-@dataclass(frozen=True)
-class Question:
-    """An evaluation task, or a group of them that is one figure.
-
-    Attributes:
-        name: as in params.yaml.
-        tasks: of the harness, by their own names.
-    """
-
-    name: str
-    tasks: dict[str, Any]
 
 
 class Harness:
@@ -55,7 +40,7 @@ class Harness:
         self._folder = folder
         self._settings = settings
         self._tokenizer = tokenizer
-        self._questions: dict[str, Question] = {}
+        self._tasks: dict[str, dict[str, Any]] = {}
 
     def answers(self, model: PreTrainedModel | PeftModel, names: list[str]) -> list[Record]:
         """Ask every item: ``task``, ``item``, ``prompt``, ``expected``, ``answer``, ``score``.
@@ -66,31 +51,34 @@ class Harness:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        questions = [self.question(name) for name in names]
-        tasks = {name: task for question in questions for name, task in question.tasks.items()}
+        asked = {name: self.tasks(name) for name in names}
         size = self._settings.batch_size
         lm = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, add_bos_token=True)
         # the harness asks for its bar by this argument, whatever TQDM_DISABLE says
         lm.generate_until = partial(lm.generate_until, disable_tqdm=not sys.stderr.isatty())
         result = evaluate(
             lm,
-            {"tasks": tasks, "groups": {}, "group_map": {}},
+            {
+                "tasks": {own: task for tasks in asked.values() for own, task in tasks.items()},
+                "groups": {},
+                "group_map": {},
+            },
             limit=self._settings.limit,
             apply_chat_template=self._settings.chat,
             bootstrap_iters=0,
             verbosity="ERROR",
         )
         return [
-            {"task": question.name, "item": item, **self._answer(question.tasks[name], sample)}
-            for question in questions
-            for item, (name, sample) in enumerate(_samples(question, result["samples"]))
+            {"task": name, "item": item, **self._answer(tasks[own], sample)}
+            for name, tasks in asked.items()
+            for item, (own, sample) in enumerate(_samples(tasks, result["samples"]))
         ]
 
-    def question(self, name: str) -> Question:
-        """The tasks behind a name, read once."""
-        if name not in self._questions:
-            self._questions[name] = Question(name, self._load(name))
-        return self._questions[name]
+    def tasks(self, name: str) -> dict[str, Any]:
+        """The tasks behind a name, read once: one, or all of a group, which is one figure."""
+        if name not in self._tasks:
+            self._tasks[name] = self._load(name)
+        return self._tasks[name]
 
     def _load(self, name: str) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager
@@ -137,10 +125,10 @@ class Harness:
         return {"prompt": arguments[0][0], "expected": expected, "answer": answer, "score": _score(task, sample)}
 
 
-def _samples(question: Question, samples: dict[str, list[Record]]) -> list[tuple[str, Record]]:
-    """The items of all tasks of a question, in order; of several filters on the answers the first counts."""
+def _samples(tasks: dict[str, Any], samples: dict[str, list[Record]]) -> list[tuple[str, Record]]:
+    """The items of all tasks behind a name, in order; of several filters on the answers the first counts."""
     found = []
-    for name in question.tasks:
+    for name in tasks:
         first = samples[name][0]["filter"]
         own = [sample for sample in samples[name] if sample["filter"] == first]
         found += [(name, sample) for sample in sorted(own, key=lambda sample: sample["doc_id"])]

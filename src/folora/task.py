@@ -192,7 +192,7 @@ def chat_segments(number: int, turns: Any, tokenizer: PreTrainedTokenizerBase) -
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns
     ):
-        raise FoLoRAError(f"{_row(number)}: not a list of messages, each with a role and a content")
+        raise FoLoRAError(f"{_row(number)}: not a list of messages, each with a role and a content: mend the row")
     segments: Segments = []
     written = ""
     try:
@@ -211,7 +211,7 @@ def chat_segments(number: int, turns: Any, tokenizer: PreTrainedTokenizerBase) -
     except (TemplateError, TypeError, ValueError) as error:
         raise FoLoRAError(f"{_row(number)}: the chat template refuses it: {error}") from error
     if not segments:
-        raise FoLoRAError(f"{_row(number)}: no message of role {ASSISTANT!r}: nothing to learn")
+        raise FoLoRAError(f"{_row(number)}: no message of role {ASSISTANT!r}, so nothing to learn: remove the row")
     return segments
 
 
