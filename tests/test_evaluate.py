@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,11 @@ import torch
 
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
-from folora.evaluate import Evaluator, evaluate_method, export_of, load_checkpoint
+from folora.evaluate import Evaluator, evaluate_base, evaluate_method, export_of, load_checkpoint
+from folora.params import Params
 from folora.storage import digest_of_file, read_json, read_table, write_json, write_tensors
+from folora.texts import figures
+from folora.train import TrainInputs, train_run
 from folora.world import LONGEST_ANSWER
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ def test_accuracy_is_that_of_an_independent_greedy_decode(pipeline: Pipeline, tm
     ]
     (world / "addition" / "test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     evaluator = Evaluator(pipeline.params, pipeline.base, world, pipeline.heldout)
-    answers = evaluator.answers(evaluator.model, ["addition"])
+    answers = evaluator.answers(["addition"])
     assert [answer["prompt"] for answer in answers] == prompts
     assert [answer["answer"] for answer in answers] == decoded
     assert [answer["score"] for answer in answers] == [float(i % 2 == 0) for i in range(len(items))]
@@ -204,11 +208,100 @@ def test_a_base_with_too_many_predictions_is_measured_too(
     pipeline: Pipeline, evaluations: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("folora.divergence.KEPT_BYTES", 0)
-    found = Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout).base_divergence()
+    found = figures(Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout).base_drift())
     (row,) = rows(evaluations / "base" / "metrics.parquet")
-    assert (found.kl, found.perplexity) == (0, pytest.approx(row["perplexity"]))
+    assert found == {"kl": 0, "perplexity": pytest.approx(row["perplexity"])}
 
 
 def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(FoLoRAError, match=r"subtraction\.parquet: made with artefact task, but proxy is expected"):
         Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.task)
+
+
+@pytest.fixture
+def further(pipeline: Pipeline, tmp_path: Path) -> tuple[Params, Path]:
+    """The pipeline's parameters with a second rate of LoRA, a task asked at the best rate only, and a foreign text."""
+    world = tmp_path / "world"
+    shutil.copytree(pipeline.world, world)
+    shutil.copy(world / "evaluation" / "home.yaml", world / "evaluation" / "again.yaml")
+    text = (world / "evaluation" / "again.yaml").read_text().replace("task: home", "task: again")
+    (world / "evaluation" / "again.yaml").write_text(text)
+    (world / "foreign.jsonl").write_text(
+        "".join(json.dumps({"words": word}) + "\n" for word in ("ab cd", "x", "1+2>3"))
+    )
+    values = pipeline.values()
+    values["runs"]["lora-1e-2-s0"] = values["runs"][LORA] | {"learning_rate": 1e-2}
+    values["evaluation"] |= {
+        "at_best": ["again"],
+        "texts": {"foreign": {"dataset": "foreign.jsonl", "text": "{{ words }}", "rows": 2, "max_length": 4}},
+    }
+    return Params.model_validate(values), world
+
+
+def test_some_tasks_are_asked_at_the_best_rate_only(
+    further: tuple[Params, Path], pipeline: Pipeline, runs: Path, tmp_path: Path
+) -> None:
+    params, world = further
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    shutil.copytree(runs / "lora", tmp_path / "runs")
+    train_run(params, "lora-1e-2-s0", pipeline.base, inputs, tmp_path / "runs" / "lora-1e-2-s0")
+    evaluate_method(
+        params, "lora", pipeline.base, world, pipeline.heldout, tmp_path / "runs", tmp_path / "evaluation" / "lora"
+    )
+    evaluate_base(params, pipeline.base, world, pipeline.heldout, tmp_path / "evaluation" / "base")
+    metrics = rows(tmp_path / "evaluation" / "lora" / "metrics.parquet")
+    assert len(metrics) == 4
+    best = max(metrics, key=lambda row: (row["step"], row["validation"], -row["learning_rate"]))
+    asked = [row for row in metrics if row["best/again"] is not None]
+    assert [(row["run"], row["step"]) for row in asked] == [(best["run"], 6)]
+    assert best["best/again"] == best["kept/home"]
+    answers = [row for row in rows(tmp_path / "evaluation" / "lora" / "answers.parquet") if row["task"] == "again"]
+    assert {(row["run"], row["step"]) for row in answers} == {(best["run"], 6)}
+    assert len(answers) == params.world.test_items
+    (base,) = rows(tmp_path / "evaluation" / "base" / "metrics.parquet")
+    assert base["best/again"] == base["kept/home"]
+
+
+def test_drift_is_measured_on_foreign_texts_too(
+    further: tuple[Params, Path], pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    params, world = further
+    del params.runs["lora-1e-2-s0"]
+    evaluate_method(params, "lora", pipeline.base, world, pipeline.heldout, runs / "lora", tmp_path / "evaluation")
+    bare, tokenizer = pipeline.base.load_model(), pipeline.base.load_tokenizer()
+    ids = [tokenizer(word)["input_ids"][:4] for word in ("ab cd", "x")]
+    text = HeldOutText(bare, ids, 1, 0)
+    before = rows(evaluations / "lora" / "metrics.parquet")
+    for row, old in zip(rows(tmp_path / "evaluation" / "metrics.parquet"), before, strict=True):
+        checkpoint = runs / "lora" / LORA / "checkpoints" / str(row["step"])
+        measured = text.measure(PeftModel.from_pretrained(pipeline.base.load_model(), checkpoint).eval())
+        assert (row["kl"], row["perplexity"]) == (old["kl"], old["perplexity"])
+        assert row["kl/foreign"] == pytest.approx(measured.kl, rel=1e-3)
+        assert row["perplexity/foreign"] == pytest.approx(measured.perplexity, rel=1e-5)
+        assert row["kl/foreign"] != row["kl"]
+    tokens = [row for row in rows(tmp_path / "evaluation" / "tokens.parquet") if row["text"] == "foreign"]
+    assert [(row["step"], row["row"], len(row["kl"])) for row in tokens] == [(6, 0, 3), (6, 1, 1)]
+    assert sum(sum(row["kl"]) for row in tokens) / 4 == pytest.approx(measured.kl, rel=1e-3)
+
+
+def test_tokens_are_kept_of_the_last_checkpoint(pipeline: Pipeline, evaluations: Path) -> None:
+    ids = read_table(pipeline.heldout)[0]["token_ids"].to_pylist()
+    for folder in ("base", "lora", "folora-replay"):
+        tokens = rows(evaluations / folder / "tokens.parquet")
+        last = rows(evaluations / folder / "metrics.parquet")[-1]
+        assert {(row["run"], row["step"], row["text"]) for row in tokens} == {(last["run"], last["step"], "heldout")}
+        assert [len(row["kl"]) for row in tokens] == [len(row["loss"]) for row in tokens] == [len(i) - 1 for i in ids]
+        kl, loss = ([value for row in tokens for value in row[name]] for name in ("kl", "loss"))
+        assert sum(kl) / len(kl) == pytest.approx(last["kl"], rel=1e-5)
+        assert math.exp(sum(loss) / len(loss)) == pytest.approx(last["perplexity"], rel=1e-5)
+
+
+def test_a_foreign_text_that_is_missing_is_named(further: tuple[Params, Path], pipeline: Pipeline) -> None:
+    params, world = further
+    (world / "foreign.jsonl").unlink()
+    with pytest.raises(
+        FoLoRAError, match=r"foreign\.jsonl: no data set here: evaluation\.texts\.foreign\.dataset is a"
+    ):
+        Evaluator(params, pipeline.base, world, pipeline.heldout)

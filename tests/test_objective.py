@@ -89,6 +89,24 @@ def test_plain_loss_is_that_of_transformers(replay: int) -> None:
     )
 
 
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize("distil", [False, True])
+@pytest.mark.parametrize("mask_target", [0.0, 2.5])
+def test_micro_batches_have_the_gradient_of_the_batch(micro_batch: int, distil: bool, mask_target: float) -> None:
+    adapted = trained()
+    adapted.regulariser = lambda: adapted.trained[0].square().sum()
+    options = {"replay": 2, "replay_loss": "distillation" if distil else "tokens", "mask_target": mask_target}
+    whole = objective(adapted, **options)(adapted.model, BATCH)
+    method = method_from("m", {"kind": "lora", **options})
+    parts = list(Objective(method, adapted, TASK_ROWS, micro_batch).parts(adapted.model, BATCH))
+    assert len(parts) == math.ceil(4 / micro_batch)
+    gradients = torch.autograd.grad(whole, adapted.trained)
+    summed = [torch.autograd.grad(part, adapted.trained, allow_unused=True) for part in parts]
+    for i, expected in enumerate(gradients):
+        assert_near(sum(part[i] for part in summed), expected)
+    torch.testing.assert_close(sum(part.detach() for part in parts), whole.detach())
+
+
 def test_distillation_waits_for_replay() -> None:
     adapted = trained()
     plain, found = (objective(adapted, replay_loss=loss)(adapted.model, BATCH) for loss in ("tokens", "distillation"))

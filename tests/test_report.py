@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 import struct
@@ -38,7 +39,7 @@ MANY: Results = RESULTS | {
     f"other-{n}": (f"other-{n}", 0.01, [(6, 0.05 * (n % 12 + 2), 0.5, 0.1 + 0.03 * n, 0.1 * (n + 1))])
     for n in range(23)
 }
-SECTIONS = ["verdict", "frontier", "methods", "kept", "training", "spectrum", "answers", "reproduce", "serve"]
+SECTIONS = ["verdict", "frontier", "methods", "kept", "drift", "training", "spectrum", "answers", "reproduce", "serve"]
 
 
 def record(run: str, method: str, rate: float, checkpoint: tuple[float, ...], adaptation: str) -> dict[str, Any]:
@@ -81,6 +82,13 @@ def write_evaluation(folder: Path, records: list[dict[str, Any]]) -> None:
     manifest = {"artefact": "answers", "metrics": digest_of_file(folder / "metrics.parquet")}
     rows = [row for one in records for row in answers(one)]
     write_table(folder / "answers.parquet", pa.Table.from_pylist(rows), manifest)
+    tokens = [
+        {"run": one["run"], "step": one["step"], "text": "heldout", "row": row}
+        | {"kl": [one["kl"]] * (row + 1), "loss": [math.log(one["perplexity"])] * (row + 1)}
+        for one in records
+        for row in range(4)
+    ]
+    write_table(folder / "tokens.parquet", pa.Table.from_pylist(tokens), manifest | {"artefact": "tokens"})
 
 
 def values(adaptations: list[str], results: Results = RESULTS) -> dict[str, Any]:
@@ -297,6 +305,36 @@ def test_tables(report: Path) -> None:
     assert float(kept["lora", "home"]["change"]) == pytest.approx(-0.5)
     assert float(kept["lora", "home"]["p"]) == pytest.approx(4 * 2 / 2**10)  # Holm, the smallest of four
     assert "–" in (report / "summary.md").read_text()
+
+
+def test_drift_has_intervals_over_the_rows_of_a_text(full: Path, evaluations: Path) -> None:
+    drift = {(row["method"], row["text"]): row for row in read_csv(full / "drift.csv")}
+    assert drift.keys() == {(method, "heldout") for method in ("base", "lora", "folora-replay")}
+    for (method, _), row in drift.items():
+        metrics = read_table(evaluations / method / "metrics.parquet")[0].to_pylist()[-1]
+        for figure in ("kl", "perplexity"):
+            value, low, high = (float(row[f"{figure}{end}"]) for end in ("", "_low", "_high"))
+            assert value == pytest.approx(metrics[figure], rel=1e-5)
+            assert low < value < high or low == value == high == 0
+    page = Page(full / "index.html").text
+    assert f"{float(drift['lora', 'heldout']['kl']):.3f} [" in page
+
+
+def test_tasks_of_the_best_rate_are_shown(tmp_path: Path) -> None:
+    write_results(tmp_path / "evaluation", ["subtraction"])
+    for folder in (tmp_path / "evaluation").iterdir():
+        table, about = read_table(folder / "answers.parquet")
+        asked = [
+            row | {"task": "exact"} for row in table.to_pylist() if row["task"] == "home" and row["step"] in (0, 6)
+        ]
+        write_table(folder / "answers.parquet", pa.Table.from_pylist([*table.to_pylist(), *asked]), about)
+    content = values(["subtraction"])
+    content["evaluation"]["at_best"] = ["exact"]
+    write_report(Params.model_validate(content), tmp_path / "evaluation", tmp_path / "report")
+    scores = {row["method"]: row for row in read_csv(tmp_path / "report" / "at_best.csv")}
+    assert [round(float(scores[m]["score"]), 2) for m in ("base", "lora", "folora-replay")] == [0.95, 0.45, 0.7]
+    assert float(scores["lora"]["score_low"]) < 0.45 < float(scores["lora"]["score_high"])
+    assert "0.45 [" in (tmp_path / "report" / "summary.md").read_text()
 
 
 def test_training_curves_are_those_of_the_best_rates(full: Path, runs: Path) -> None:

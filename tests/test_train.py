@@ -175,6 +175,29 @@ def test_replay_may_be_matched_in_tokens(pipeline: Pipeline, tmp_path: Path, mon
     assert matched == pytest.approx(alone, rel=0.3)
 
 
+@pytest.mark.parametrize(("setting", "passes"), [({"micro_batch": 5}, 3), ({"gradient_checkpointing": True}, 2)])
+def test_less_memory_gives_the_same_run(
+    setting: dict[str, Any],
+    passes: int,
+    pipeline: Pipeline,
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight rows of the task and four of proxy text a step: in parts of 5, 5 and 2, or with activations made twice."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls = []
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *a: calls.append(torch.is_grad_enabled()) or forward(*a))
+    run = train(pipeline, REPLAY, tmp_path / "run", train=pipeline.values()["train"] | setting)
+    layers = pipeline.params.foundation.layers  # type: ignore[union-attr]
+    assert sum(calls) == passes * pipeline.params.train.steps * layers
+    folders = (run, runs / "folora-replay" / REPLAY)
+    for found, expected in zip(*(read_table(f / "history.parquet")[0].to_pylist() for f in folders), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_history_holds_the_meter(runs: Path) -> None:
     for run in (runs / "lora" / LORA, runs / "folora-replay" / REPLAY):
         table, _ = read_table(run / "history.parquet", artefact="history", run=run.name)

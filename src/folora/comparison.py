@@ -54,7 +54,9 @@ class Arm:
         method: name in params.yaml.
         learning_rate: the chosen one.
         finals: the last checkpoint at that rate, by seed.
-        figures: means over seeds of ``FIGURES`` and of each kept task (``kept/NAME``), at the last checkpoint.
+        figures: means over seeds, at the last checkpoint, of ``FIGURES``, of each kept task (``kept/NAME``), of each
+            task asked at the best rate only (``best/NAME``), of drift on further texts (``kl/NAME``,
+            ``perplexity/NAME``).
         half_widths: of the 95 % t interval over seeds of ``SPREAD``; empty with one seed.
         hypervolume: mean over seeds of the area that its checkpoints dominate in target and kept accuracy, beyond the
             base model's target accuracy and a kept accuracy of zero.
@@ -182,5 +184,5 @@ def best_rate(records: list[Record]) -> float:
 
 def mean_figures(records: list[Record]) -> dict[str, float]:
     """Means over seeds of every figure."""
-    names = [*FIGURES, *(name for name in records[0] if name.startswith("kept/"))]
+    names = [*FIGURES, *(name for name in records[0] if "/" in name)]
     return {name: fmean(record[name] for record in records) for name in names}

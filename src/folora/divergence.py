@@ -36,6 +36,24 @@ class Divergence:
     perplexity: float
 
 
+@dataclass(frozen=True)
+class TokenDivergence:
+    """The same of every predicted token: for each row of the text one value a token, (length - 1,) float32.
+
+    Attributes:
+        kl: KL(base ‖ adapted) in nats.
+        loss: of the adapted model, in nats.
+    """
+
+    kl: list[Tensor]
+    loss: list[Tensor]
+
+    def mean(self) -> Divergence:
+        """The means over all tokens."""
+        kl, loss = (torch.cat(rows).double().mean() for rows in (self.kl, self.loss))
+        return Divergence(kl=float(kl), perplexity=float(loss.exp()))
+
+
 class HeldOutText:
     """Held-out token rows with the base model's next-token log-probabilities, computed once if they are few enough.
 
@@ -51,7 +69,7 @@ class HeldOutText:
 
     def __init__(self, base: PreTrainedModel, rows: list[list[int]], batch_size: int, padding: int) -> None:
         if not any(len(row) > 1 for row in rows):
-            raise FoLoRAError("the held-out proxy text has no token to predict: raise proxy.max_length")
+            raise FoLoRAError("a text to measure drift on has no token to predict: raise proxy.max_length or its own")
         self._batches = [(ids, mask) for ids, mask, _ in batches(rows, batch_size, padding, base.device)]
         positions = sum(mask.numel() for _, mask in self._batches)
         self._base: list[Tensor] | None = None
@@ -59,7 +77,12 @@ class HeldOutText:
             self._base = [log_probabilities(base, ids, mask) for ids, mask in self._batches]
 
     def measure(self, model: PreTrainedModel | PeftModel, base_logits: BaseLogits | None = None) -> Divergence:
-        """KL to the base and perplexity of a model on the text.
+        """KL to the base and perplexity of a model on the text; see ``read``."""
+        return self.read(model, base_logits).mean()
+
+    @torch.inference_mode()
+    def read(self, model: PreTrainedModel | PeftModel, base_logits: BaseLogits | None = None) -> TokenDivergence:
+        """KL to the base and loss of a model at every token of the text.
 
         Args:
             model: the adapted model.
@@ -69,8 +92,7 @@ class HeldOutText:
         Raises:
             FoLoRAError: the base's predictions are too many to keep, and the model has no adapter to take off.
         """
-        kl = loss = 0.0
-        tokens = 0
+        found = TokenDivergence([], [])
         base_logits = base_logits or partial(without_adapter, model)
         for number, (ids, mask) in enumerate(self._batches):
             if self._base is not None:
@@ -78,11 +100,12 @@ class HeldOutText:
             else:
                 base = next_token(base_logits({"input_ids": ids, "attention_mask": mask}))
             adapted = log_probabilities(model, ids, mask)
-            predicted = mask[:, 1:]
-            kl += float((base.exp() * (base - adapted)).sum(-1)[predicted].double().sum())
-            loss -= float(adapted.gather(2, ids[:, 1:, None])[..., 0][predicted].double().sum())
-            tokens += int(predicted.sum())
-        return Divergence(kl=kl / tokens, perplexity=float(torch.tensor(loss / tokens).exp()))
+            kl = (base.exp() * (base - adapted)).sum(-1)
+            loss = -adapted.gather(2, ids[:, 1:, None])[..., 0]
+            for row, predicted in enumerate(mask[:, 1:]):
+                found.kl.append(kl[row][predicted])
+                found.loss.append(loss[row][predicted])
+        return found
 
 
 @torch.inference_mode()

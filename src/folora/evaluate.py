@@ -1,29 +1,30 @@
 """The evaluate stage: every checkpoint of every run of a method on the target and the kept tasks, in one process.
 
-Scores come from the lm-evaluation-harness; KL to the base and perplexity from held-out proxy text. A folder of results
-holds ``metrics.parquet`` (a row a checkpoint) and ``answers.parquet`` (a row an item, so that methods can be compared
-item by item). The metrics of a method also say what it costs: ``trainable`` parameters, and of the checkpoint what it
-is (``export``), its ``rank`` and its ``bytes``.
+Scores come from the lm-evaluation-harness; KL to the base and perplexity from texts. A folder of results holds
+
+- ``metrics.parquet``: a row a checkpoint; of a method also what it costs, ``trainable`` parameters, and of the
+  checkpoint what it is (``export``), its ``rank`` and its ``bytes``;
+- ``answers.parquet``: a row an item, so that methods can be compared item by item;
+- ``tokens.parquet``: KL and loss of every token of the texts, at the last checkpoint of each run.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from folora.adapter import WEIGHTS_FILE, load_checkpoint
-from folora.comparison import BASE
-from folora.divergence import Divergence, HeldOutText
+from folora.comparison import BASE, best_finals
 from folora.errors import FoLoRAError
 from folora.harness import Harness
 from folora.params import run_params
-from folora.proxy import HELDOUT
 from folora.records import base_records, read_record, source_tags
 from folora.storage import (
+    ANSWERS_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    TOKENS_FILE,
     check_fields,
     check_manifest,
     digest_of,
@@ -33,6 +34,7 @@ from folora.storage import (
     read_table,
     write_table,
 )
+from folora.texts import Readings, Texts, figures, token_records
 from folora.tracking import sending
 
 if TYPE_CHECKING:
@@ -42,54 +44,101 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.params import Params
+    from folora.params import Params, Task
 
 Record = dict[str, Any]
+KEY = ("run", "method", "adaptation", "learning_rate", "seed", "step")  # of a checkpoint, in every file
 
 
 class Evaluator:
-    """Measures models on tasks and held-out text; the base model's part is computed once."""
+    """Measures a model on tasks and texts: the base model, or after ``load`` a checkpoint on it.
+
+    Attributes:
+        model: what is measured.
+    """
 
     def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
-        settings = params.proxy.heldout_sampling()
-        table, _ = read_table(heldout, artefact="proxy", **base.identity, shard=HELDOUT, proxy=settings)
-        self.base = base
-        self.tokenizer = base.load_tokenizer()
-        self.model = base.load_model()
+        self.model: PreTrainedModel | PeftModel = base.load_model()
         self._kept = params.evaluation.kept
-        self._harness = Harness(tasks, params.evaluation, self.tokenizer)
-        self._text = HeldOutText(
-            self.model, table["token_ids"].to_pylist(), params.evaluation.batch_size, self.tokenizer.pad_token_id
-        )
+        tokenizer = base.load_tokenizer()
+        self._harness = Harness(tasks, params.evaluation, tokenizer)
+        self._texts = Texts(params, base, self.model, tokenizer, tasks, heldout)
 
-    def divergence(self, model: PreTrainedModel | PeftModel) -> Divergence:
-        """KL to the base and perplexity on the held-out text."""
-        return self._text.measure(model)
+    def load(self, checkpoint: Path) -> None:
+        """Put a checkpoint on the base model, in place of the one before."""
+        self.model = load_checkpoint(self.model, checkpoint)
 
-    def base_divergence(self) -> Divergence:
+    def drift(self) -> Readings:
+        """KL to the base and loss at every token of every text."""
+        return self._texts.read(self.model)
+
+    def base_drift(self) -> Readings:
         """The same of the base model itself, before anything is loaded on it."""
-        return self._text.measure(self.model, lambda batch: self.model(**batch, use_cache=False).logits)
+        return self._texts.read(self.model, lambda batch: self.model(**batch, use_cache=False).logits)
 
-    def answers(self, model: PreTrainedModel | PeftModel, task_names: list[str]) -> list[Record]:
+    def answers(self, task_names: list[str]) -> list[Record]:
         """Ask every item of the named tasks; see ``Harness.answers``."""
-        return self._harness.answers(model, task_names)
+        return self._harness.answers(self.model, task_names)
 
-    def tasks_of(self, settings: Any) -> list[str]:
+    def tasks_of(self, task: Task) -> list[str]:
         """Names of the evaluation tasks of one adaptation: target, validation and kept."""
-        return [settings.target, settings.validation, *self._kept]
+        return [task.target, task.validation, *self._kept]
+
+
+class Results:
+    """What is measured, as rows of the three files."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Record] = []
+        self._answers: list[Record] = []
+        self._tokens: list[Record] = []
+
+    def answered(self, key: Record, answers: list[Record]) -> None:
+        """Keep the answers of a checkpoint."""
+        self._answers += [{**key, **answer} for answer in answers]
+
+    def drifted(self, key: Record, readings: Readings) -> None:
+        """Keep KL and loss of every token."""
+        self._tokens += [{"run": key["run"], "step": key["step"], **record} for record in token_records(readings)]
+
+    def write(self, output: Path, runs: dict[str, str]) -> None:
+        """Write the folder; ``runs`` holds the digest of each run that was measured."""
+        with publish(output) as folder:
+            folder.mkdir()
+            about: Record = {"artefact": "metrics", "runs": runs}
+            write_table(folder / METRICS_FILE, pa.Table.from_pylist(self.metrics), about)
+            about = {"metrics": digest_of_file(folder / METRICS_FILE)}
+            write_table(folder / ANSWERS_FILE, pa.Table.from_pylist(self._answers), {"artefact": "answers", **about})
+            write_table(
+                folder / TOKENS_FILE, pa.Table.from_pylist(self._tokens, TOKENS), {"artefact": "tokens", **about}
+            )
+
+
+TOKENS = pa.schema(
+    {
+        "run": pa.string(),
+        "step": pa.int64(),
+        "text": pa.string(),
+        "row": pa.int32(),
+        "kl": pa.list_(pa.float32()),
+        "loss": pa.list_(pa.float32()),
+    }
+)
 
 
 def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output: Path) -> None:
     """Measure the base model on the tasks of every adaptation, and show it in MLflow beside the runs."""
     evaluator = Evaluator(params, base, tasks, heldout)
-    metrics: list[Record] = []
-    answers: list[Record] = []
-    for name, settings in params.tasks.items():
+    results = Results()
+    readings = evaluator.base_drift()
+    results.drifted({"run": BASE, "step": 0}, readings)
+    for name, task in params.tasks.items():
         key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
-        answered = evaluator.answers(evaluator.model, evaluator.tasks_of(settings))
-        metrics.append({**key, **scores(answered, settings, params), **asdict(evaluator.base_divergence())})
-        answers += [{**key, **answer} for answer in answered]
-    _write(output, metrics, answers, {})
+        answered = evaluator.answers([*evaluator.tasks_of(task), *params.evaluation.at_best])
+        results.answered(key, answered)
+        at_best = best_scores(answered, params.evaluation.at_best)
+        results.metrics.append({**key, **scores(answered, task, params), **at_best, **figures(readings)})
+    results.write(output, {})
     with sending(params.tracking) as sender:
         for record in base_records(output / METRICS_FILE, source_tags(params)):
             sender.send(record)
@@ -104,27 +153,56 @@ def evaluate_method(
         FoLoRAError: a run is missing or of another model, or an adapter changes nothing.
     """
     evaluator = Evaluator(params, base, tasks, heldout)
-    metrics: list[Record] = []
-    answers: list[Record] = []
-    digests: dict[str, str] = {}
+    results = Results()
+    digests = {}
+    for name in params.runs_of(method):
+        manifest = read_json(runs / name / MANIFEST_FILE)
+        check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+        check_fields(runs / name, manifest["params"], **run_params(params, name))
+        digests[name] = digest_of(manifest)
+        _measure(evaluator, params, name, runs / name, results)
+    if params.evaluation.at_best:
+        _ask_at_best(evaluator, params.evaluation.at_best, runs, results)
+    results.write(output, digests)
     source = source_tags(params)
-    model: PreTrainedModel | PeftModel = evaluator.model
     with sending(params.tracking) as sender:
-        for name in params.runs_of(method):
-            manifest = read_json(runs / name / MANIFEST_FILE)
-            check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
-            check_fields(runs / name, manifest["params"], **run_params(params, name))
-            digests[name] = digest_of(manifest)
-            _, history = read_table(runs / name / "history.parquet", artefact="history", run=name)
-            results = []
-            for checkpoint in checkpoints_of(runs / name):
-                model = load_checkpoint(model, checkpoint)
-                record, answered = _measure(evaluator, model, params, name, checkpoint)
-                results.append({**record, "trainable": history["trainable"]})
-                answers += answered
-            metrics += results
-            sender.send(read_record(runs / name, results, source))
-        _write(output, metrics, answers, digests)
+        for name in digests:
+            own = [record for record in results.metrics if record["run"] == name]
+            sender.send(read_record(runs / name, own, source))
+
+
+def _measure(evaluator: Evaluator, params: Params, name: str, folder: Path, results: Results) -> None:
+    """Measure every checkpoint of a run."""
+    run = params.runs[name]
+    task = params.tasks[run.task]
+    _, history = read_table(folder / "history.parquet", artefact="history", run=name)
+    key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
+    later = dict.fromkeys(map(best_key, params.evaluation.at_best))
+    checkpoints = checkpoints_of(folder)
+    for checkpoint in checkpoints:
+        evaluator.load(checkpoint)
+        readings = evaluator.drift()
+        drift = figures(readings)
+        if drift["kl"] == 0:
+            raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
+        key |= {"seed": run.seed, "step": int(checkpoint.name)}
+        answered = evaluator.answers(evaluator.tasks_of(task))
+        results.answered(key, answered)
+        if checkpoint == checkpoints[-1]:
+            results.drifted(key, readings)
+        about = {**export_of(checkpoint), "trainable": history["trainable"]}
+        results.metrics.append({**key, **scores(answered, task, params), **later, **drift, **about})
+
+
+def _ask_at_best(evaluator: Evaluator, tasks: list[str], runs: Path, results: Results) -> None:
+    """Ask the ends of the runs at the best rate of each adaptation what only they are asked."""
+    for adaptation in dict.fromkeys(record["adaptation"] for record in results.metrics):
+        own = [record for record in results.metrics if record["adaptation"] == adaptation]
+        for record in best_finals(own).values():
+            evaluator.load(runs / record["run"] / "checkpoints" / str(record["step"]))
+            answered = evaluator.answers(tasks)
+            results.answered({name: record[name] for name in KEY}, answered)
+            record |= best_scores(answered, tasks)
 
 
 def checkpoints_of(run: Path) -> list[Path]:
@@ -153,22 +231,6 @@ def export_of(checkpoint: Path) -> Record:
     return {"export": "DoRA" if config["use_dora"] else "LoRA", "rank": config["r"], "bytes": size}
 
 
-def _measure(
-    evaluator: Evaluator, model: PreTrainedModel | PeftModel, params: Params, name: str, checkpoint: Path
-) -> tuple[Record, list[Record]]:
-    """The metrics of one checkpoint of a run, and its answers."""
-    run = params.runs[name]
-    settings = params.tasks[run.task]
-    divergence = evaluator.divergence(model)
-    if divergence.kl == 0:
-        raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
-    answered = evaluator.answers(model, evaluator.tasks_of(settings))
-    key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
-    key |= {"seed": run.seed, "step": int(checkpoint.name)}
-    figures = {**scores(answered, settings, params), **asdict(divergence)}
-    return {**key, **figures, **export_of(checkpoint)}, [{**key, **answer} for answer in answered]
-
-
 def accuracies(answers: list[Record]) -> dict[str, float]:
     """Mean score of each task: the share of right answers, where an answer is right or wrong."""
     by_task: dict[str, list[float]] = {}
@@ -177,23 +239,24 @@ def accuracies(answers: list[Record]) -> dict[str, float]:
     return {name: sum(scores) / len(scores) for name, scores in by_task.items()}
 
 
-def scores(answers: list[Record], settings: Any, params: Params) -> Record:
+def scores(answers: list[Record], task: Task, params: Params) -> Record:
     """Accuracies: ``target``, ``validation``, ``kept`` (mean of the kept tasks) and each kept task by itself."""
     accuracy = accuracies(answers)
     kept = [accuracy[name] for name in params.evaluation.kept]
     return {
-        "target": accuracy[settings.target],
-        "validation": accuracy[settings.validation],
+        "target": accuracy[task.target],
+        "validation": accuracy[task.validation],
         "kept": sum(kept) / len(kept),
         **{f"kept/{name}": accuracy[name] for name in params.evaluation.kept},
     }
 
 
-def _write(output: Path, metrics: list[Record], answers: list[Record], runs: dict[str, str]) -> None:
-    """Write the results; ``runs`` holds the digest of each run they were measured on."""
-    with publish(output) as folder:
-        folder.mkdir()
-        about = {"artefact": "metrics", "runs": runs}
-        write_table(folder / METRICS_FILE, pa.Table.from_pylist(metrics), about)
-        manifest = {"artefact": "answers", "metrics": digest_of_file(folder / METRICS_FILE)}
-        write_table(folder / "answers.parquet", pa.Table.from_pylist(answers), manifest)
+def best_scores(answers: list[Record], tasks: list[str]) -> Record:
+    """Accuracy of each task that is asked at the best rate only."""
+    accuracy = accuracies(answers)
+    return {best_key(name): accuracy[name] for name in tasks}
+
+
+def best_key(task: str) -> str:
+    """What the metrics call the accuracy of such a task."""
+    return f"best/{task}"

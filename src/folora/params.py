@@ -228,6 +228,12 @@ class Train(Section):
 
     steps: Annotated[Count, Field(description="optimizer steps")]
     batch_size: Annotated[int, Field(ge=1, description="task rows per optimizer step")]
+    micro_batch: Annotated[
+        int | None, Field(ge=1, description="rows a forward pass, so that fewer fill the memory; null: all of a step's")
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Field(description="whether activations are computed again in the backward pass: less memory, more time")
+    ] = False
     checkpoints: Annotated[int, Field(ge=1, le=1000, description="evenly spaced, the last one included")]
     max_grad_norm: Annotated[float, Field(gt=0, description="gradients are clipped to it, all together")]
     log_every: Annotated[int, Field(ge=1, description="steps between two readings of the forgetting meter")]
@@ -244,11 +250,26 @@ class Run(Section):
     seed: Annotated[Seed, Field(description="of the start and of the order of the rows")]
 
 
+class Text(Section):
+    """A text on which drift is measured, beside the base model's own."""
+
+    dataset: Annotated[
+        str, Field(description="in evaluation.tasks: a folder with a train file, or a file, as for tasks")
+    ]
+    text: Annotated[str, Field(description="Jinja template over the columns of a row")]
+    rows: Annotated[int, Field(ge=1, description="the first so many")]
+    max_length: Annotated[int, Field(ge=2, le=131072, description="tokens; the rest of a row is left out")]
+
+
 class Evaluation(Section):
     """What every checkpoint is measured on."""
 
     tasks: Annotated[str, Field(description="folder with evaluation/NAME.yaml, tasks of one's own for the harness")]
     kept: Annotated[list[Name], Field(min_length=1, description="tasks whose mean is the kept accuracy")]
+    at_best: Annotated[
+        list[Name], Field(description="further tasks, asked only at the end of the runs at a method's best rate")
+    ] = []
+    texts: Annotated[dict[Name, Text], Field(description="KL and perplexity are measured on these too")] = {}
     batch_size: Annotated[Count, Field(description="items at once")]
     limit: Annotated[int | None, Field(ge=1, description="the first so many items of each task; null: all")] = None
     chat: Annotated[bool, Field(description="whether prompts are put in the tokenizer's chat template")] = False

@@ -39,6 +39,22 @@ def resampled_seeds(seeds: int, generator: np.random.Generator) -> Array:
     return generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=RESAMPLES) / seeds
 
 
+def resampled_mean(sums: Array, counts: Array, generator: np.random.Generator) -> Array:
+    """Means over all tokens of a text on resamples of its rows, drawn with replacement.
+
+    Args:
+        sums: (rows,) of the values of a row's tokens.
+        counts: (rows,) how many tokens each has.
+        generator: draws the rows.
+
+    Returns:
+        (RESAMPLES,).
+    """
+    rows = len(sums)
+    drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=RESAMPLES)
+    return np.asarray((drawn @ sums) / (drawn @ counts))
+
+
 def percentile_interval(samples: Array) -> tuple[float, float]:
     """The middle ``LEVEL`` of bootstrap samples (R,)."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -27,7 +27,7 @@ Manifest = dict[str, Any]
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-METRICS_FILE = "metrics.parquet"  # of a folder of results
+METRICS_FILE, ANSWERS_FILE, TOKENS_FILE = "metrics.parquet", "answers.parquet", "tokens.parquet"  # results
 METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run
 
 

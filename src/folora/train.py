@@ -189,9 +189,14 @@ class ObjectiveTrainer(Trainer):
         super().__init__(**options)
         self._objective = objective
 
-    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
-        """The loss of one batch."""
-        return self._objective(model, inputs)
+    def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
+        """Add the gradient of one batch, micro-batch by micro-batch; returns its loss."""
+        model.train()
+        losses = []
+        for part in self._objective.parts(model, self._prepare_inputs(inputs)):
+            self.accelerator.backward(part)
+            losses.append(part.detach())
+        return torch.stack(losses).sum()
 
     def floating_point_ops(self, inputs: Any) -> int:
         """None: nothing here reads the estimate, and making it walks over all parameters at every step."""
@@ -228,11 +233,13 @@ def fit(
             dataloader_pin_memory=False,
             disable_tqdm=not sys.stderr.isatty(),
             use_cpu=adapted.model.device.type == "cpu",
+            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
             seed=run.seed,
             include_num_input_tokens_seen="non_padding",
         )
         trainer = ObjectiveTrainer(
-            Objective(method, adapted, settings.batch_size),
+            Objective(method, adapted, settings.batch_size, settings.micro_batch),
             model=adapted.model,
             args=arguments,
             train_dataset=rows,

@@ -17,6 +17,7 @@ from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, accuracies
 from folora.meter import change, output_energy
 from folora.spectrum import read_spectrum
+from folora.texts import figures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,14 +101,14 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout)
     spectrum = read_spectrum(yardsticks.spectrum, **base.identity)
     tasks = [name for name in params.evaluation.kept if (yardsticks.tasks / "evaluation" / f"{name}.yaml").exists()]
-    base_perplexity = evaluator.base_divergence().perplexity
-    before = accuracies(evaluator.answers(evaluator.model, tasks)) if tasks else {}
-    model = put_on(evaluator.model, adapter)
-    divergence = evaluator.divergence(model)
-    after = accuracies(evaluator.answers(model, tasks)) if tasks else {}
+    base_perplexity = figures(evaluator.base_drift())["perplexity"]
+    before = accuracies(evaluator.answers(tasks)) if tasks else {}
+    evaluator.model = model = put_on(evaluator.model, adapter)
+    drift = figures(evaluator.drift())
+    after = accuracies(evaluator.answers(tasks)) if tasks else {}
     layers, unmeasured = layer_changes(model, spectrum)
     kept = {name: (before[name], after[name]) for name in tasks}
-    return Forgetting(divergence.kl, base_perplexity, divergence.perplexity, kept, layers, unmeasured)
+    return Forgetting(drift["kl"], base_perplexity, drift["perplexity"], kept, layers, unmeasured)
 
 
 def require_file(path: Path) -> None:
@@ -116,7 +117,7 @@ def require_file(path: Path) -> None:
         raise FoLoRAError(f"{path}: not found: name the folder of a PEFT adapter saved as safetensors")
 
 
-def put_on(model: PreTrainedModel, adapter: Path) -> PeftModel:
+def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     """Load a PEFT adapter on a base model.
 
     Raises:

@@ -47,6 +47,9 @@ def write_report(
         write_json(folder / "metrics.json", metrics(studies))
         _write_csv(folder / "summary.csv", summary_rows(studies))
         _write_csv(folder / "matches.csv", match_rows(studies))
+        _write_csv(folder / "drift.csv", [row for study in studies for row in study.drift])
+        if params.evaluation.at_best:
+            _write_csv(folder / "at_best.csv", [row for study in studies for row in study.at_best])
         for name in rows[0]:
             _write_csv(folder / f"{name}.csv", [row for own in rows for row in own[name]])
         for name in PICTURES & charts[0].keys():

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.paired import BASE_CHECKPOINT
 from folora.storage import (
+    ANSWERS_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    TOKENS_FILE,
     check_manifest,
     digest_of_file,
     read_json,
@@ -22,7 +26,6 @@ from folora.storage import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from folora.comparison import Checkpoint, Record
@@ -36,6 +39,15 @@ class Spectrum:
 
     manifest: Record
     eigenvalues: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Drift on a text: sums of KL and loss over the tokens of each row, and how many those are; (rows,) each."""
+
+    kl: NDArray[np.float64]
+    loss: NDArray[np.float64]
+    counts: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         runs=runs,
         bases=bases,
         records=records,
-        answers=_all_scores(evaluations, [BASE, *params.methods]),
+        answers=_all_scores(evaluations, [BASE, *params.methods], params.evaluation.at_best),
         manifests={name: _manifest(folder, name) for name, folder in folders.items()},
         histories={name: _history(folder, name) for name, folder in folders.items()},
         spectra={name: read_spectrum(file) for name, file in files.items()},
@@ -97,9 +109,23 @@ def read_answers(folder: Path, adaptation: str, checkpoint: Checkpoint) -> list[
     """What a checkpoint answered, a row an item, with ``prompt``, ``expected``, ``answer`` and ``score``."""
     import pyarrow.compute as pc
 
-    table = _answers(folder)
+    table = _beside_metrics(folder, ANSWERS_FILE, "answers")
     chosen = (pc.field("adaptation") == adaptation) & (pc.field("run") == checkpoint[0])
     return table.filter(chosen & (pc.field("step") == checkpoint[1])).to_pylist()
+
+
+def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
+    """What a checkpoint's drift is at every token of each text, by the text's name."""
+    import pyarrow.compute as pc
+
+    table = _beside_metrics(folder, TOKENS_FILE, "tokens")
+    rows = table.filter((pc.field("run") == checkpoint[0]) & (pc.field("step") == checkpoint[1])).to_pylist()
+    found = {}
+    for name in dict.fromkeys(row["text"] for row in rows):
+        own = [row for row in rows if row["text"] == name]
+        kl, loss = (np.array([sum(row[figure]) for row in own]) for figure in ("kl", "loss"))
+        found[name] = Tokens(kl, loss, np.array([len(row["kl"]) for row in own]))
+    return found
 
 
 def read_spectrum(path: Path) -> Spectrum:
@@ -123,30 +149,37 @@ def _metrics(folder: Path) -> list[Record]:
     return table.to_pylist()
 
 
-def _answers(folder: Path) -> Any:
-    metrics = digest_of_file(folder / METRICS_FILE)
-    return read_table(folder / "answers.parquet", artefact="answers", metrics=metrics)[0]
+def _beside_metrics(folder: Path, file: str, artefact: str) -> Any:
+    """A table that was written together with the metrics."""
+    return read_table(folder / file, artefact=artefact, metrics=digest_of_file(folder / METRICS_FILE))[0]
 
 
 def _scores(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.float64]]:
     """Scores (items,) by adaptation, run, step and task."""
     keys = ["adaptation", "run", "step", "task"]
-    groups = _answers(folder).sort_by("item").group_by(keys, use_threads=False).aggregate([("score", "list")])
+    groups = (
+        _beside_metrics(folder, ANSWERS_FILE, "answers")
+        .sort_by("item")
+        .group_by(keys, use_threads=False)
+        .aggregate([("score", "list")])
+    )
     names = zip(*(groups[key].to_pylist() for key in keys), strict=True)
     each = (answers.values.to_numpy(zero_copy_only=False) for answers in groups["score_list"])
     return dict(zip(names, each, strict=True))
 
 
-def _all_scores(evaluations: Path, folders: list[str]) -> dict[str, Answers]:
-    """The answers of every checkpoint, by adaptation; all to the same items."""
+def _all_scores(evaluations: Path, folders: list[str], at_best: list[str]) -> dict[str, Answers]:
+    """The answers of every checkpoint, by adaptation; all to the same items, but for tasks that only some are asked."""
     answers: dict[str, Any] = {}
     for folder in folders:
         for (adaptation, run, step, task), scores in _scores(evaluations / folder).items():
             answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = scores
     for by_checkpoint in answers.values():
         expected = {task: len(scores) for task, scores in by_checkpoint[BASE_CHECKPOINT].items()}
+        always = expected.keys() - set(at_best)
         for (run, _), by_task in by_checkpoint.items():
-            if {task: len(scores) for task, scores in by_task.items()} != expected:
+            found = {task: len(scores) for task, scores in by_task.items()}
+            if not (always <= found.keys() and found.items() <= expected.items()):
                 raise FoLoRAError(f"{evaluations}: {run} answered other items than the base model: evaluate both again")
     return answers
 

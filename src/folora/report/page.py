@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from folora.comparison import BASE
 from folora.report import text
 from folora.report.answers import side_by_side
+from folora.report.drift import at_best_cells, drift_cells
 from folora.report.figures import styled
 from folora.report.spectra import gated_method, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
@@ -70,6 +71,8 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "arms": text.arm_cells(study),
         "differences": text.difference_cells(study),
         "costs": text.cost_cells(study),
+        "drift": drift_cells(study.drift),
+        "at_best": at_best_cells(study.at_best),
         "pairs": text.pair_cells(study),
         "pair_columns": text.shown_methods(study),
         "pairs_note": text.pairs_note(study),

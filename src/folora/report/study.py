@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from folora.comparison import compare
 from folora.errors import FoLoRAError
 from folora.paired import Pairing
+from folora.report.drift import at_best_rows, drift_rows
 
 if TYPE_CHECKING:
     from folora.comparison import Checkpoint, Comparison, Record
@@ -32,6 +33,8 @@ class Study:
         kept: names of the kept tasks.
         pairs: every method against the reference, and the subject against every method, item by item.
         kept_p: corrected p-value of every method and kept task against the base model.
+        drift: a row a method and text, from ``drift_rows``.
+        at_best: a row a method and task that is asked at the best rate only, from ``at_best_rows``.
     """
 
     comparison: Comparison
@@ -42,6 +45,8 @@ class Study:
     kept: list[str]
     pairs: dict[tuple[str, str], Pair]
     kept_p: dict[tuple[str, str], float]
+    drift: list[Record]
+    at_best: list[Record]
 
     @property
     def name(self) -> str:
@@ -91,6 +96,8 @@ def _study(params: Params, inputs: Inputs, adaptation: str) -> Study:
         kept=kept,
         pairs=against_reference | against_each,
         kept_p=pairing.against_base(),
+        drift=drift_rows(comparison, inputs),
+        at_best=at_best_rows(comparison, inputs, params.evaluation.at_best),
     )
 
 

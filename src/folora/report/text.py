@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from folora.comparison import BASE
+from folora.report.drift import at_best_cells, drift_cells
 from folora.report.tables import arm_row, mean_rows
 from folora.report.verdict import verdict
 
@@ -34,6 +35,11 @@ ARMS: Columns = {
 TERMINAL: Columns = {title: column for title, column in ARMS.items() if title not in ("perplexity", "kept*")}
 MEANS: Columns = {title: ARMS[title] for title in ("method", "target", "kept", "KL", "perplexity", "gain*")}
 MEANS_NOTE = "Means over the adaptations, of the methods that ran on each of them, at the best rate of each."
+DRIFT_NOTE = (
+    "KL to the base model and perplexity, at the best rate, on text that the base model wrote (heldout) and on others; "
+    "95 % bootstrap intervals over the rows of the text."
+)
+AT_BEST_NOTE = "Asked at the best rate only; 95 % bootstrap intervals over the items."
 SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
 WIDTH = 100
 
@@ -197,8 +203,10 @@ def markdown(studies: list[Study]) -> str:
     for study in studies:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
         parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
-        parts += [_table(["method", *study.kept], kept_cells(study)), f"{pairs_note(study)}\n"]
-        parts += [_table(["method", *shown_methods(study)], pair_cells(study))]
+        parts += [_table(["method", *study.kept], kept_cells(study))]
+        parts += [f"{DRIFT_NOTE}\n", _table(*drift_cells(study.drift))]
+        parts += [f"{AT_BEST_NOTE}\n", _table(*at_best_cells(study.at_best))] if study.at_best else []
+        parts += [f"{pairs_note(study)}\n", _table(["method", *shown_methods(study)], pair_cells(study))]
     if len(studies) > 1:
         parts += ["### Mean\n", f"{MEANS_NOTE}\n", _table(list(MEANS), mean_cells(studies))]
     return "\n".join(parts)

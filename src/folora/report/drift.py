@@ -1,0 +1,104 @@
+"""Drift on texts, and what is asked at the best rate only: each method at its best rate, with intervals.
+
+Rows of a text and items of a task are resampled, and seeds where there are several.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from folora.comparison import BASE
+from folora.paired import BASE_CHECKPOINT
+from folora.report.inputs import read_tokens
+from folora.significance import SEED, percentile_interval, resampled_accuracy, resampled_mean, resampled_seeds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from folora.comparison import Checkpoint, Comparison, Record
+    from folora.report.inputs import Inputs, Tokens
+
+    Array = NDArray[np.float64]
+    Sample = Callable[[np.random.Generator], Array]  # of one checkpoint, (RESAMPLES,)
+
+FIGURES = {"kl": "KL", "perplexity": "perplexity"}
+
+
+def drift_rows(comparison: Comparison, inputs: Inputs) -> list[Record]:
+    """One row a method and text: ``kl`` and ``perplexity``, each with ``_low`` and ``_high``; the base model first."""
+    rows = []
+    for method, checkpoints in _finals(comparison).items():
+        tokens = [read_tokens(inputs.evaluations / method, checkpoint) for checkpoint in checkpoints]
+        for text in tokens[0]:
+            row: Record = {"adaptation": comparison.adaptation, "method": method, "text": text}
+            for figure in FIGURES:
+                row |= _interval(figure, [_sampling(one[text], figure) for one in tokens])
+            rows.append(row)
+    return rows
+
+
+def at_best_rows(comparison: Comparison, inputs: Inputs, tasks: list[str]) -> list[Record]:
+    """One row a method and task asked at the best rate only: ``score`` with its ends; the base model first."""
+    answers = inputs.answers[comparison.adaptation]
+    rows = []
+    for method, checkpoints in _finals(comparison).items():
+        for task in tasks:
+            samplings = [_sampling_items(answers[checkpoint][task]) for checkpoint in checkpoints]
+            row: Record = {"adaptation": comparison.adaptation, "method": method, "task": task}
+            rows.append(row | _interval("score", samplings))
+    return rows
+
+
+def _finals(comparison: Comparison) -> dict[str, list[Checkpoint]]:
+    arms = comparison.arms.values()
+    return {BASE: [BASE_CHECKPOINT]} | {arm.method: list(arm.finals.values()) for arm in arms}
+
+
+def _sampling(tokens: Tokens, figure: str) -> tuple[float, Sample]:
+    """A figure of a text, and how to sample it."""
+    sums = tokens.kl if figure == "kl" else tokens.loss
+    scale = np.exp if figure == "perplexity" else np.asarray
+    value = float(scale(sums.sum() / tokens.counts.sum()))
+    return value, lambda generator: scale(resampled_mean(sums, tokens.counts, generator))
+
+
+def _sampling_items(scores: Array) -> tuple[float, Sample]:
+    return float(scores.mean()), lambda generator: resampled_accuracy(scores[None], generator)[:, 0]
+
+
+def _interval(name: str, seeds: list[tuple[float, Sample]]) -> Record:
+    """The mean over seeds and the ends of its interval; all methods see the same resamples."""
+    weights = resampled_seeds(len(seeds), np.random.default_rng(SEED))
+    samples = np.stack([sample(np.random.default_rng(SEED + 1)) for _, sample in seeds], axis=-1)
+    low, high = percentile_interval((samples * weights).sum(axis=-1))
+    return {name: float(np.mean([value for value, _ in seeds])), f"{name}_low": low, f"{name}_high": high}
+
+
+def drift_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Head and body of a table, a row a method; empty without rows."""
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    head = [f"{title}, {text}" for text in texts for title in FIGURES.values()]
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["text"]: row for row in rows if row["method"] == method}
+        body.append([method, *(_cell(own[text], figure, 3) for text in texts for figure in FIGURES)])
+    return ["method", *head], body
+
+
+def at_best_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
+    """Likewise of the tasks that are asked at the best rate only."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["task"]: row for row in rows if row["method"] == method}
+        body.append([method, *(_cell(own[task], "score", 2) for task in tasks)])
+    return ["method", *tasks], body
+
+
+def _cell(row: Record, name: str, digits: int) -> str:
+    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
