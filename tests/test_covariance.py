@@ -67,6 +67,24 @@ def test_sums_are_those_of_single_rows(rows: str, positions: str, pipeline: Pipe
             torch.testing.assert_close(sums[leader], expected[name], rtol=1e-5, atol=1e-4)
 
 
+def test_the_first_rows_of_a_task_are_enough(pipeline: Pipeline, tmp_path: Path) -> None:
+    table, about = read_table(pipeline.task)
+    write_table(tmp_path / "first", table.slice(0, 5), about)
+    compute_covariance(pipeline.params, pipeline.base, tmp_path / "first", tmp_path / "expected")
+    params = settings(pipeline.params, task_rows=5, batch_size=2)
+    compute_covariance(params, pipeline.base, pipeline.task, tmp_path / "found")
+    (found, about), (expected, _) = (read_tensors(tmp_path / name) for name in ("found", "expected"))
+    assert about["tokens"] == sum(map(len, table["input_ids"].to_pylist()[:5]))
+    for name, sums in expected.items():
+        torch.testing.assert_close(found[name], sums, rtol=1e-5, atol=1e-5)
+    # the proxy text is read whole
+    compute_covariance(params, pipeline.base, pipeline.proxy / "0.parquet", tmp_path / "proxy")
+    assert (
+        read_tensors(tmp_path / "proxy")[1]["tokens"]
+        == read_tensors(pipeline.proxy_moments / "0.safetensors")[1]["tokens"]
+    )
+
+
 def test_shards_add_up_to_the_whole(pipeline: Pipeline, tmp_path: Path) -> None:
     tables = [read_table(pipeline.proxy / f"{shard}.parquet") for shard in (0, 1)]
     write_table(tmp_path / "rows", pa.concat_tables([table for table, _ in tables]), tables[0][1])

@@ -6,12 +6,13 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from transformers import LlamaConfig
+from conftest import ROOT
+from transformers import LlamaConfig, Qwen2Config
 
 from folora.commands.plan import LIBRARIES, empty_model, make_plan, plan_stages, shape_of
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
-from folora.params import Params
+from folora.params import Params, load_params
 from folora.spectrum import read_spectrum
 
 if TYPE_CHECKING:
@@ -77,6 +78,57 @@ def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) 
     assert stages["spectrum"].disk == 3 * 4 * squares
     assert any("32 inputs of width 14,336" in line for line in plan.warnings)
     assert any("covariance needs" in line for line in plan.warnings)
+
+
+HUB_MODELS = {
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folora.commands.plan._config", lambda _: HUB_MODELS[name])
+    params = load_params(ROOT / "workflow" / "presets" / f"{name}.yaml")
+    plan = make_plan(params)
+    assert all(stage.memory < 80e9 for stage in plan.stages)
+    stages = {stage.stage: stage for stage in plan.stages}
+    assert stages["proxy"].tokens == 256 * 2048
+    rows = {"math": 512, "code": 512, "instruction": 512}
+    assert stages["covariance"].tokens == 256 * 2048 + sum(256 * length for length in rows.values())
+    assert {run.task for run in params.runs.values()} == rows.keys()
+
+
+@pytest.mark.parametrize("setting", [{"micro_batch": 2}, {"gradient_checkpointing": True}])
+def test_less_memory_is_planned(setting: dict[str, Any], pipeline: Pipeline) -> None:
+    shape, _ = shape_of(empty_model(pipeline.params), pipeline.params)
+    less = Params.model_validate(pipeline.values() | {"train": pipeline.values()["train"] | setting})
+    before, after = (plan_stages(params, shape, 1e9, 1e9)[-1] for params in (pipeline.params, less))
+    assert after.memory < before.memory
+    assert after.seconds == before.seconds * (1.5 if "gradient_checkpointing" in setting else 1)
 
 
 def test_the_command_prints_the_plan_or_its_values(

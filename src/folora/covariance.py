@@ -40,6 +40,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         token_ids, loss_masks = table["token_ids"].to_pylist(), None
         positions: str = settings.proxy_positions
     else:
+        table = table.slice(0, settings.task_rows)
         token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
         positions = settings.task_positions
 
@@ -60,6 +61,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
             **base.identity,
             "rows": digest_of_file(rows),
             **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
+            **({"task_rows": settings.task_rows} if "task" in manifest else {}),
             "positions": positions,
             "tokens": moments.tokens,
             "groups": groups,

@@ -204,6 +204,10 @@ class Covariance(Section):
     task_positions: Annotated[
         Literal["all", "without_first", "response"], Field(description="tokens that the utility is taken over")
     ]
+    task_rows: Annotated[
+        int | None,
+        Field(ge=1, description="rows of a task that the utility is taken over, the first so many; null: all"),
+    ]
 
 
 class SpectrumSection(Section):
@@ -359,7 +363,9 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
         "method": params.methods[run.method].model_dump(),
         "adapter": params.adapter.model_dump(),
         "train": params.train.model_dump(),
-        "covariance": params.covariance.model_dump(include={"batch_size", "task_positions"}),  # moments taken again
+        "covariance": params.covariance.model_dump(
+            include={"batch_size", "task_positions", "task_rows"}
+        ),  # moments taken again
         "evaluation": params.evaluation.model_dump(include={"batch_size"}),  # of the forgetting meter, and a budget
         "threads": params.threads.train,
     }

@@ -40,6 +40,7 @@ def compute_spectrum(
         **base.identity,
         task=params.tasks[task].model_dump(),
         positions=params.covariance.task_positions,
+        task_rows=params.covariance.task_rows,
         groups=groups,
     )
     spectrum = solve_spectrum(proxy, target, groups, params.spectrum.shrinkage)

@@ -85,9 +85,10 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
+    counted = task_rows[: params.covariance.task_rows]
     task_text = CountedText(
-        [row["input_ids"] for row in task_rows],
-        [[label != IGNORED for label in row["labels"]] for row in task_rows],
+        [row["input_ids"] for row in counted],
+        [[label != IGNORED for label in row["labels"]] for row in counted],
         params.covariance.task_positions,
         params.covariance.batch_size,
         tokenizer.pad_token_id,

@@ -25,6 +25,10 @@ for stage in STAGES.values():
 
 onstart:
     RECORDING.start()
+    if workflow.local_exec:
+        # its limit on jobs a second makes Snakemake look at all waiting jobs once a second for every job it has
+        # finished, until that takes a core by itself; see its issue 2967
+        workflow.scheduler.job_rate_limiter = None
 
 
 onerror:

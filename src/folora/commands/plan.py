@@ -180,16 +180,21 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     sampled, heldout = shards * proxy.sequences * proxy.max_length, proxy.heldout_sequences * proxy.max_length
     steps = [_step_tokens(params, run, length[run.task]) for run in params.runs.values()]
     trained = sum(steps) * train.steps
+    rows = {name: params.covariance.task_rows or settings.rows or 0 for name, settings in params.tasks.items()}
+    counted = sampled + sum(rows[name] * length[name] for name in rows)  # of all rows only the data set knows
 
     forward, moments = 2.0 * shape.parameters, DOUBLE * shape.squares
     spectrum, scores = 3 * SINGLE * shape.squares, SINGLE * shape.vocabulary
     hidden = SINGLE * (6 * shape.width + 3 * shape.intermediate)  # of a token within one block
     factors = SINGLE * params.adapter.rank * sum(m + d for m, d in shape.layers)
+    passes = [_pass_tokens(params, run, length[run.task]) for run in params.runs.values()]
+    kept = 1 if train.gradient_checkpointing else shape.blocks  # blocks whose activations are in memory at once
+    inputs = SINGLE * shape.width * shape.blocks if train.gradient_checkpointing else 0
     batch = min(proxy.batch_size, proxy.sequences)
     sampling = shape.size + batch * (SINGLE * shape.cached * proxy.max_length + 6 * scores)
     reading = params.covariance.batch_size * max(proxy.max_length, *length.values()) * hidden
     measuring = 3 * scores * min(params.evaluation.batch_size, proxy.heldout_sequences) * proxy.max_length
-    training = shape.size + spectrum + 4 * factors + max(steps) * (hidden * shape.blocks + 4 * scores) + measuring
+    training = shape.size + spectrum + 4 * factors + max(passes) * (hidden * kept + inputs + 4 * scores) + measuring
     solving = 3 * moments + 8 * DOUBLE * max(shape.inputs) ** 2
     cubes = float(sum(d**3 for d in shape.inputs))
     saved = (train.checkpoints + 1) * factors
@@ -205,20 +210,34 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
         stage(
             "covariance",
             shards + tasks,
-            sampled,
+            counted,
             shape.size + moments + reading,
             (shards + tasks) * moments,
-            (forward + 2 * shape.squares) * sampled,
+            (forward + 2 * shape.squares) * counted,
         ),
         stage("spectrum", solved, 0, solving, solved * spectrum, solved * EIGENPROBLEM * cubes),
-        stage("train", len(steps), trained, training, len(steps) * saved, 2 * forward * trained),
+        stage(
+            "train",
+            len(steps),
+            trained,
+            training,
+            len(steps) * saved,
+            (2 + train.gradient_checkpointing) * forward * trained,
+        ),
     ]
 
 
 def _step_tokens(params: Params, run: Run, length: int) -> int:
-    """Tokens of a training step, padding and all."""
+    """Tokens of a training step, padded to the longest."""
+    return params.train.batch_size * length + params.methods[run.method].replay * params.proxy.max_length
+
+
+def _pass_tokens(params: Params, run: Run, length: int) -> int:
+    """Tokens of a forward pass of training, padding and all."""
     replay = params.methods[run.method].replay
-    return (params.train.batch_size + replay) * (max(length, params.proxy.max_length) if replay else length)
+    rows = params.train.batch_size + replay
+    longest = max(length, params.proxy.max_length) if replay else length
+    return min(rows, params.train.micro_batch or rows) * longest
 
 
 def _speed(name: str) -> float:
