@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from folora.cli import app
-from folora.commands.cost import costs_here
+from folora.commands.cost import costs_here, write_page
 from folora.costs import LEDGER, Cost, keep_cost, read_costs
 from folora.errors import FoLoRAError
+from folora.report import write_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +75,32 @@ def test_methods_are_set_against_the_reference(pipeline: Pipeline, in_tmp: Path)
     assert [one.method for one in methods] == ["lora", "folora-replay"]
     assert [one.relative_step for one in methods] == pytest.approx([1.0, 1.5])
     assert [one.relative_peak for one in methods] == pytest.approx([1.0, 1.25])
+
+
+def test_a_copy_of_the_page_has_the_costs(
+    pipeline: Pipeline, runs: Path, evaluations: Path, save_params: SaveParams, in_tmp: Path
+) -> None:
+    write_report(pipeline.params, evaluations, in_tmp / "report")
+    write([Cost("train", place("lora", runs), 20.0, 10.0, 400 * 2**20, 0.04)])
+    options = ("--params", save_params(pipeline.values()), "--runs", runs, "--report", "report", "--page", "cost.html")
+    result = CliRunner().invoke(app, list(map(str, ("cost", *options))))
+    assert (result.exit_code, result.output) == (0, "cost.html\n")
+    page, copy = ((in_tmp / name).read_text() for name in ("report/index.html", "cost.html"))
+    before, after = page.split("<!-- cost -->")[0], page.split("<!-- /cost -->")[1]
+    assert copy.startswith(before)
+    assert copy.endswith(after)
+    added = copy[len(before) : -len(after)]
+    assert all(f"<td>{cell}</td>" in added for cell in ("20 s", "10 s", "400 MiB", "40.0 ms", "1.00 ×"))
+    assert "folora cost --page" in page
+    assert "folora cost --page" not in copy
+
+
+def test_a_page_without_a_place_for_costs_is_refused(in_tmp: Path) -> None:
+    (in_tmp / "report").mkdir()
+    (in_tmp / "report" / "index.html").write_text("<p>a page</p>")
+    with pytest.raises(FoLoRAError, match=r"no place for costs: make the report again"):
+        write_page([], [], in_tmp / "report", in_tmp / "cost.html")
+    assert not (in_tmp / "cost.html").exists()
 
 
 def test_without_the_reference_nothing_is_relative(pipeline: Pipeline, in_tmp: Path) -> None:

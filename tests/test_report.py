@@ -39,7 +39,19 @@ MANY: Results = RESULTS | {
     f"other-{n}": (f"other-{n}", 0.01, [(6, 0.05 * (n % 12 + 2), 0.5, 0.1 + 0.03 * n, 0.1 * (n + 1))])
     for n in range(23)
 }
-SECTIONS = ["verdict", "frontier", "methods", "kept", "drift", "training", "spectrum", "answers", "reproduce", "serve"]
+SECTIONS = [
+    "verdict",
+    "frontier",
+    "methods",
+    "kept",
+    "drift",
+    "training",
+    "spectrum",
+    "answers",
+    "cost",
+    "reproduce",
+    "serve",
+]
 
 
 def record(run: str, method: str, rate: float, checkpoint: tuple[float, ...], adaptation: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from conftest import Pipeline
 
-PRESETS = ["smollm2-quick"]
+PRESETS = ["smollm2-quick", "smollm2-gsm8k"]
 GSM8K = {"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 1,234"}
 CHOICES = {"question": "max?", "choices": ["a", "b"]}
 MEMBERS: dict[str, dict[str, list[dict[str, Any]]]] = {

@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-RUNS, EVALUATIONS = Path("artifacts/runs"), Path("artifacts/evaluation")  # as dvc.yaml has them
+RUNS, EVALUATIONS, REPORT = map(Path, ("artifacts/runs", "artifacts/evaluation", "results/report"))  # as in dvc.yaml

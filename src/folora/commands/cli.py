@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from folora.commands import EVALUATIONS, RUNS
+from folora.commands import EVALUATIONS, REPORT, RUNS
 from folora.console import print_table
 
 if TYPE_CHECKING:
@@ -129,13 +129,22 @@ def compare(
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora cost --json")
-def cost(runs: Runs = RUNS, as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+def cost(
+    runs: Runs = RUNS,
+    page: Annotated[Path | None, typer.Option(help="Write a copy of the report's page with the costs in it.")] = None,
+    report: Annotated[Path, typer.Option(help="Folder of the report.")] = REPORT,
+    as_json: AsJson = False,
+    params_file: ParamsFile = DEFAULT_PARAMS,
+) -> None:
     """Show what the stages cost in this folder, and the step time and memory of each method against the reference."""
-    from folora.commands.cost import MethodCost, StageCost, costs_here
+    from folora.commands.cost import MethodCost, StageCost, costs_here, write_page
     from folora.params import load_params
 
     stages, methods = costs_here(load_params(params_file), runs)
-    if as_json:
+    if page is not None:
+        write_page(stages, methods, report, page)
+        print(page)
+    elif as_json:
         _print_json({"stages": [vars(one) for one in stages], "methods": [vars(one) for one in methods]})
     else:
         print_table(StageCost.HEAD, [one.cells() for one in stages])
@@ -157,6 +166,17 @@ def plan(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> N
     print_table(StagePlan.HEAD, [stage.cells() for stage in made.stages])
     print(f"about {duration(sum(stage.seconds for stage in made.stages))} of computing, evaluations left out")
     print(*made.warnings, sep="\n")
+
+
+@app.command(rich_help_panel=PANEL, epilog="Example: folora prefetch && HF_HUB_OFFLINE=1 dvc repro")
+def prefetch(params_file: ParamsFile = DEFAULT_PARAMS) -> None:
+    """Fetch the model, the data sets and the evaluation tasks of a hub now; afterwards no stage needs the network."""
+    from folora.commands.prefetch import prefetch as fetch
+    from folora.params import load_params
+
+    stages, tasks = fetch(load_params(params_file))
+    print(f"stages: {', '.join(stages) or 'none that fetch'}")
+    print(f"evaluation tasks: {', '.join(tasks) or 'none of a hub'}")
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora pick --keep 0.98")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from folora.costs import LEDGER, Cost, read_costs
 from folora.errors import FoLoRAError
+from folora.storage import publish, require
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,6 +71,23 @@ def costs_here(params: Params, runs: Path) -> tuple[list[StageCost], list[Method
     if not costs:
         raise FoLoRAError(f"{LEDGER}: no stage has run in this folder: dvc repro, or look where it ran")
     return _of_stages(costs), _of_methods(params, costs, runs)
+
+
+def write_page(stages: list[StageCost], methods: list[MethodCost], report: Path, output: Path) -> None:
+    """Write a copy of the report's page with these costs in it.
+
+    Raises:
+        FoLoRAError: there is no page, or ``output`` cannot be written.
+    """
+    from folora.report.page import with_costs
+
+    tables = [
+        ("Every stage on this machine, all of its outputs together.", StageCost.HEAD, [one.cells() for one in stages]),
+        ("Training of each method: a median step, and memory.", MethodCost.HEAD, [one.cells() for one in methods]),
+    ]
+    page = with_costs(require(report / "index.html").read_text(), tables)
+    with publish(output) as partial:
+        partial.write_text(page)
 
 
 def _of_stages(costs: dict[str, Cost]) -> list[StageCost]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.comparison import BASE
+from folora.errors import FoLoRAError
 from folora.report import text
 from folora.report.answers import side_by_side
 from folora.report.drift import at_best_cells, drift_cells
@@ -18,11 +19,14 @@ from folora.significance import RESAMPLES
 from folora.storage import digest_of, read_json
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from folora.params import Params
     from folora.report.inputs import Inputs
     from folora.report.study import Study
 
 FOLDER = Path(__file__).parent
+COST_BEGIN, COST_END = "<!-- cost -->", "<!-- /cost -->"
 
 
 def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict[str, Any]]) -> str:
@@ -34,26 +38,52 @@ def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict
         studies: one an adaptation.
         charts: of each study, by the name of the figure.
     """
-    from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
     from vl_convert import javascript_bundle
 
-    environment = Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     specs = {f"{name}-{i}": _json(chart) for i, drawn in enumerate(charts) for name, chart in drawn.items()}
-    return environment.get_template("page.html.j2").render(
-        studies=[_sections(params, inputs, study) for study in studies],
-        means=text.mean_cells(studies),
-        text=text,
-        reference=params.report.reference,
-        resamples=RESAMPLES,
-        seeds=max(len(study.comparison.seeds) for study in studies),
-        gated=gated_method(params)[0],
-        snippets=[snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])],
-        digests=_digests(inputs),
-        charts={name: Markup(spec) for name, spec in specs.items()},
-        style=Markup((FOLDER / "page.css").read_text()),
-        script=Markup(javascript_bundle((FOLDER / "page.js").read_text())),
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            studies=[_sections(params, inputs, study) for study in studies],
+            means=text.mean_cells(studies),
+            text=text,
+            reference=params.report.reference,
+            resamples=RESAMPLES,
+            seeds=max(len(study.comparison.seeds) for study in studies),
+            gated=gated_method(params)[0],
+            snippets=[
+                snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])
+            ],
+            digests=_digests(inputs),
+            cost_begin=Markup(COST_BEGIN),
+            cost_end=Markup(COST_END),
+            charts={name: Markup(spec) for name, spec in specs.items()},
+            style=Markup((FOLDER / "page.css").read_text()),
+            script=Markup(javascript_bundle((FOLDER / "page.js").read_text())),
+        )
     )
+
+
+def with_costs(page: str, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
+    """A page with tables of costs, each a note, a head and rows, in the section that has none.
+
+    Raises:
+        FoLoRAError: it is no page of the report stage.
+    """
+    before, begin, rest = page.partition(COST_BEGIN)
+    _, end, after = rest.partition(COST_END)
+    if not end:
+        raise FoLoRAError("the page has no place for costs: make the report again")
+    costs = _environment().get_template("costs.html.j2").render(tables=tables)
+    return f"{before}{begin}{costs}{end}{after}"
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader
+
+    return Environment(loader=FileSystemLoader(FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 def _json(chart: Any) -> str:
