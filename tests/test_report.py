@@ -303,6 +303,14 @@ def test_figures_are_pngs(name: str, pictures: list[str], request: pytest.Fixtur
 def test_tables(report: Path) -> None:
     rows = read_csv(report / "frontier.csv")
     assert [row["method"] for row in rows] == ["base", *["lora"] * 4, *["folora-replay"] * 2]
+    best = [row for row in rows if row["kept_low"]]
+    assert [(row["method"], row["learning_rate"], row["step"]) for row in best] == [
+        ("lora", "0.01", "6"),
+        ("folora-replay", "0.01", "6"),
+    ]
+    for row in best:
+        for figure in ("target", "kept"):
+            assert float(row[f"{figure}_low"]) < float(row[figure]) < float(row[f"{figure}_high"])
     on_front = {(row["method"], row["target"]) for row in rows if row["frontier_kept"] == "True"}
     assert on_front >= {("folora-replay", "0.7"), ("lora", "0.6"), ("base", "0.1")}
     summary = {row["method"]: row for row in read_csv(report / "summary.csv")}

@@ -109,6 +109,10 @@ class Pairing:
         }
         return {pair: Pair(**{name: column[i] for name, column in columns.items()}) for i, pair in enumerate(names)}
 
+    def interval(self, checkpoint: Checkpoint, figure: str) -> tuple[float, float]:
+        """The 95 % interval of a figure of one checkpoint, over the items."""
+        return percentile_interval(self._samples[figure][checkpoint])
+
     def against_base(self) -> dict[tuple[str, str], float]:
         """p-values of McNemar's exact test of every method and kept task against the base; corrected together."""
         base = self._answers[BASE_CHECKPOINT]

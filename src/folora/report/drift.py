@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Sample = Callable[[np.random.Generator], Array]  # of one checkpoint, (RESAMPLES,)
 
 FIGURES = {"kl": "KL", "perplexity": "perplexity"}
+HELDOUT = "heldout"  # the text that the base model wrote
 
 
 def drift_rows(comparison: Comparison, inputs: Inputs) -> list[Record]:
@@ -39,6 +40,12 @@ def drift_rows(comparison: Comparison, inputs: Inputs) -> list[Record]:
                 row |= _interval(figure, [_sampling(one[text], figure) for one in tokens])
             rows.append(row)
     return rows
+
+
+def kl_interval(inputs: Inputs, method: str, checkpoint: Checkpoint) -> tuple[float, float]:
+    """The 95 % interval of one checkpoint's KL on the held-out text, over its rows."""
+    _, sample = _sampling(read_tokens(inputs.evaluations / method, checkpoint)[HELDOUT], "kl")
+    return percentile_interval(sample(np.random.default_rng(SEED + 1)))
 
 
 def at_best_rows(comparison: Comparison, inputs: Inputs, tasks: list[str]) -> list[Record]:

@@ -41,6 +41,8 @@ def draw(study: Study, rows: dict[str, list[Record]]) -> dict[str, Any]:
 def frontier_chart(study: Study, rows: list[Record]) -> alt.HConcatChart:
     """Target against kept accuracy, and target against KL: a point a checkpoint, a line a seed's frontier.
 
+    The last checkpoints at a method's best rate have their intervals as thin lines.
+
     Args:
         study: names the methods.
         rows: of ``tables.checkpoint_rows``.
@@ -60,11 +62,15 @@ def frontier_chart(study: Study, rows: list[Record]) -> alt.HConcatChart:
     by_kl = [row for row in adapted if row["frontier_kl"]]
     left = alt.layer(
         look.lines(by_kept).encode(target, kept, detail="seed:N").add_params(look.selection),
+        look.intervals(adapted, "kept").encode(target),
+        look.intervals(adapted, "target").encode(kept),
         look.points(adapted).encode(target, kept, tooltip=tooltip),
         base.encode(target, kept, tooltip=alt.value("the base model")),
     )
     right = alt.layer(
         look.lines(by_kl).encode(target, kl, detail="seed:N"),
+        look.intervals(adapted, "kl").encode(target),
+        look.intervals(adapted, "target").encode(kl),
         look.points(adapted).encode(target, kl, tooltip=tooltip),
     )
     return _side_by_side(left, right)
@@ -175,6 +181,14 @@ class Look:
         """Points in the methods' colours and shapes."""
         marks = _chart(rows).mark_point(filled=True, size=size)
         return marks.encode(self._color, self._shape, opacity=self._opacity)
+
+    def intervals(self, rows: list[Record], figure: str) -> alt.Chart:
+        """Thin lines over the interval of a figure, along its axis, where a row has one."""
+        low, high = f"{figure}_low", f"{figure}_high"
+        marks = _chart([row for row in rows if row[low] is not None]).mark_rule(strokeWidth=1)
+        ends = {"x": low, "x2": high} if figure == "target" else {"y": low, "y2": high}
+        encoded = {axis: f"{name}:Q" if axis in "xy" else name for axis, name in ends.items()}
+        return marks.encode(self._color, opacity=self._opacity, **encoded)
 
 
 def _accuracy_axis(axis: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from folora.comparison import compare
 from folora.errors import FoLoRAError
 from folora.paired import Pairing
-from folora.report.drift import at_best_rows, drift_rows
+from folora.report.drift import at_best_rows, drift_rows, kl_interval
 
 if TYPE_CHECKING:
     from folora.comparison import Checkpoint, Comparison, Record
@@ -33,6 +33,7 @@ class Study:
         kept: names of the kept tasks.
         pairs: every method against the reference, and the subject against every method, item by item.
         kept_p: corrected p-value of every method and kept task against the base model.
+        intervals: of the last checkpoint of every seed at a method's best rate: ends by figure (target, kept, kl).
         drift: a row a method and text, from ``drift_rows``.
         at_best: a row a method and task that is asked at the best rate only, from ``at_best_rows``.
     """
@@ -45,6 +46,7 @@ class Study:
     kept: list[str]
     pairs: dict[tuple[str, str], Pair]
     kept_p: dict[tuple[str, str], float]
+    intervals: dict[Checkpoint, dict[str, tuple[float, float]]]
     drift: list[Record]
     at_best: list[Record]
 
@@ -96,6 +98,12 @@ def _study(params: Params, inputs: Inputs, adaptation: str) -> Study:
         kept=kept,
         pairs=against_reference | against_each,
         kept_p=pairing.against_base(),
+        intervals={
+            checkpoint: {figure: pairing.interval(checkpoint, figure) for figure in tasks}
+            | {"kl": kl_interval(inputs, method, checkpoint)}
+            for method, arm in comparison.arms.items()
+            for checkpoint in arm.finals.values()
+        },
         drift=drift_rows(comparison, inputs),
         at_best=at_best_rows(comparison, inputs, params.evaluation.at_best),
     )

@@ -105,15 +105,24 @@ def figure_rows(params: Params, inputs: Inputs, study: Study) -> dict[str, list[
 
 
 def checkpoint_rows(study: Study) -> list[Record]:
-    """One row a checkpoint, the base first, and whether it lies on its seed's frontier of kept accuracy or of KL."""
+    """One row a checkpoint, the base first, and whether it lies on its seed's frontier of kept accuracy or of KL.
+
+    The last ones at a method's best rate have intervals too, as in ``kept_low`` and ``kept_high``.
+    """
     names = ("adaptation", "method", "learning_rate", "seed", "step", *FIGURES)
-    rows = [{name: study.base[name] for name in names} | {"frontier_kept": True, "frontier_kl": True}]
+    none = {f"{figure}_{end}": None for figure in SPREAD for end in ("low", "high")}
+    rows = [{name: study.base[name] for name in names} | {"frontier_kept": True, "frontier_kl": True} | none]
     for method, seed in dict.fromkeys((record["method"], record["seed"]) for record in study.records):
         own = [record for record in study.records if (record["method"], record["seed"]) == (method, seed)]
         curve = seed_curve(study.base, own, seed)
         by_kept, by_kl = (on_frontier(curve.target, quality)[1:].tolist() for quality in (curve.kept, -curve.kl))
         for record, kept, kl in zip(own, by_kept, by_kl, strict=True):
-            rows.append({name: record[name] for name in names} | {"frontier_kept": kept, "frontier_kl": kl})
+            ends = study.intervals.get((record["run"], record["step"]), {})
+            found = {
+                f"{figure}_{end}": pair[i] for figure, pair in ends.items() for i, end in enumerate(("low", "high"))
+            }
+            front = {"frontier_kept": kept, "frontier_kl": kl}
+            rows.append({name: record[name] for name in names} | front | none | found)
     return rows
 
 
