@@ -85,12 +85,12 @@ def test_a_preset_finds_its_files(preset: str, script: ModuleType) -> None:
 
 def test_its_tasks_are_tasks_of_the_harness(script: ModuleType, pipeline: Pipeline) -> None:
     harness = Harness(script.DATA / "tasks", pipeline.params.evaluation, pipeline.base.load_tokenizer())
-    names = sorted(path.stem for path in (script.DATA / "tasks" / "evaluation").glob("*.yaml"))
+    found = {path.stem for path in (script.DATA / "tasks" / "evaluation").glob("*.yaml")}
+    names = sorted(found - {"gsm8k-exact"})  # whose answers are longer than the tiny model's context
     answers = harness.answers(pipeline.base.load_model(), names)
     items = {name: [answer for answer in answers if answer["task"] == name] for name in names}
     assert {name: len(own) for name, own in items.items()} == {
         "gsm8k": 2,
-        "gsm8k-exact": 2,
         "gsm8k-validation": script.VALIDATION,
         "hellaswag": 1,
         "hellaswag-choice": 1,
@@ -102,7 +102,6 @@ def test_its_tasks_are_tasks_of_the_harness(script: ModuleType, pipeline: Pipeli
     }
     expected = {name: own[0]["expected"] for name, own in items.items()}
     assert expected["gsm8k"] == " It is 4.\n#### 1,234"
-    assert expected["gsm8k-exact"] == "1,234"
     assert (expected["hellaswag"], expected["hellaswag-choice"]) == (" b", "b")
     assert (expected["truthfulqa"], expected["mmlu-stem-choice"]) == (" a", "b")
     assert all(0 <= answer["score"] <= 1 for answer in answers)
@@ -121,5 +120,6 @@ def test_the_last_number_is_the_answer(answer: str, right: bool, script: ModuleT
     instance.resps = [answer]
     task._instances = [instance]
     task.apply_filters()
+    assert task.doc_to_target(doc) == "1,234"
     found = task.process_results(doc, [instance.filtered_resps["last-number"]])
     assert found["exact_match"] == right

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
     Sample = Callable[[np.random.Generator], Array]  # of one checkpoint, (RESAMPLES,)
 
-FIGURES = {"kl": "KL", "perplexity": "perplexity"}
+FIGURES = {"kl": ("KL", 3), "perplexity": ("perplexity", 2)}  # title and digits
 HELDOUT = "heldout"  # the text that the base model wrote
 
 
@@ -88,11 +88,12 @@ def _interval(name: str, seeds: list[tuple[float, Sample]]) -> Record:
 def drift_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Head and body of a table, a row a method; empty without rows."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    head = [f"{title}, {text}" for text in texts for title in FIGURES.values()]
+    head = [f"{title}, {text}" for text in texts for title, _ in FIGURES.values()]
     body = []
     for method in dict.fromkeys(row["method"] for row in rows):
         own = {row["text"]: row for row in rows if row["method"] == method}
-        body.append([method, *(_cell(own[text], figure, 3) for text in texts for figure in FIGURES)])
+        cells = [_cell(own[text], name, digits) for text in texts for name, (_, digits) in FIGURES.items()]
+        body.append([method, *cells])
     return ["method", *head], body
 
 
