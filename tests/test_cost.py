@@ -98,7 +98,7 @@ def test_a_copy_of_the_page_has_the_costs(
 def test_a_page_without_a_place_for_costs_is_refused(in_tmp: Path) -> None:
     (in_tmp / "report").mkdir()
     (in_tmp / "report" / "index.html").write_text("<p>a page</p>")
-    with pytest.raises(FoLoRAError, match=r"no place for costs: make the report again"):
+    with pytest.raises(FoLoRAError, match=r"report/index\.html: has no place for costs: run the report stage again"):
         write_page([], [], in_tmp / "report", in_tmp / "cost.html")
     assert not (in_tmp / "cost.html").exists()
 

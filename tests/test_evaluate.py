@@ -298,6 +298,13 @@ def test_tokens_are_kept_of_the_last_checkpoint(pipeline: Pipeline, evaluations:
         assert math.exp(sum(loss) / len(loss)) == pytest.approx(last["perplexity"], rel=1e-5)
 
 
+def test_a_foreign_text_has_a_name_of_its_own(further: tuple[Params, Path]) -> None:
+    values = further[0].model_dump(mode="json", serialize_as_any=True)
+    values["evaluation"]["texts"]["heldout"] = values["evaluation"]["texts"]["foreign"]
+    with pytest.raises(ValueError, match="'heldout' is the base model's own text: choose another name"):
+        Params.model_validate(values)
+
+
 def test_a_foreign_text_that_is_missing_is_named(further: tuple[Params, Path], pipeline: Pipeline) -> None:
     params, world = further
     (world / "foreign.jsonl").unlink()

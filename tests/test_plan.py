@@ -52,34 +52,6 @@ def test_time_follows_the_operations_and_the_speed(pipeline: Pipeline) -> None:
         assert one.seconds == pytest.approx(other.seconds * (1 if one.stage == "spectrum" else 4))
 
 
-@pytest.fixture
-def llama_8b(pipeline: Pipeline, tmp_path: Path) -> dict[str, Any]:
-    """Parameters that name a model of Llama-3-8B's shape, of which only the configuration is there."""
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        architectures=["LlamaForCausalLM"],
-    )
-    config.save_pretrained(tmp_path / "llama")
-    loading = LOADING.model_dump() | {"dtype": "bfloat16"}
-    section = {"source": "pretrained", "model": str(tmp_path / "llama"), "revision": None, "loading": loading}
-    return pipeline.values() | {"foundation": section}
-
-
-def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) -> None:
-    plan = make_plan(Params.model_validate(llama_8b))
-    stages = {stage.stage: stage for stage in plan.stages}
-    squares = 32 * (3 * 4096**2 + 14_336**2)
-    assert stages["covariance"].memory > 2 * 8_030_261_248 + 8 * squares
-    assert stages["spectrum"].disk == 3 * 4 * squares
-    assert any("32 inputs of width 14,336" in line for line in plan.warnings)
-    assert any("covariance needs" in line for line in plan.warnings)
-
-
 HUB_MODELS = {
     "llama-3-8b": LlamaConfig(
         vocab_size=128_256,
@@ -88,6 +60,7 @@ HUB_MODELS = {
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
+        architectures=["LlamaForCausalLM"],
     ),
     "qwen2.5-7b": Qwen2Config(
         vocab_size=152_064,
@@ -107,6 +80,26 @@ HUB_MODELS = {
         tie_word_embeddings=True,
     ),
 }
+
+
+@pytest.fixture
+def llama_8b(pipeline: Pipeline, tmp_path: Path) -> dict[str, Any]:
+    """Parameters that name a model of Llama-3-8B's shape, of which only the configuration is there."""
+    config = HUB_MODELS["llama-3-8b"]
+    config.save_pretrained(tmp_path / "llama")
+    loading = LOADING.model_dump() | {"dtype": "bfloat16"}
+    section = {"source": "pretrained", "model": str(tmp_path / "llama"), "revision": None, "loading": loading}
+    return pipeline.values() | {"foundation": section}
+
+
+def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) -> None:
+    plan = make_plan(Params.model_validate(llama_8b))
+    stages = {stage.stage: stage for stage in plan.stages}
+    squares = 32 * (3 * 4096**2 + 14_336**2)
+    assert stages["covariance"].memory > 2 * 8_030_261_248 + 8 * squares
+    assert stages["spectrum"].disk == 3 * 4 * squares
+    assert any("32 inputs of width 14,336" in line for line in plan.warnings)
+    assert any("covariance needs" in line for line in plan.warnings)
 
 
 @pytest.mark.parametrize("name", HUB_MODELS)

@@ -278,6 +278,13 @@ class Evaluation(Section):
     limit: Annotated[int | None, Field(ge=1, description="the first so many items of each task; null: all")] = None
     chat: Annotated[bool, Field(description="whether prompts are put in the tokenizer's chat template")] = False
 
+    @field_validator("texts")
+    @classmethod
+    def _names_are_free(cls, texts: dict[str, Text]) -> dict[str, Text]:
+        if "heldout" in texts:
+            raise ValueError("'heldout' is the base model's own text: choose another name")
+        return texts
+
 
 class Threads(Section):
     """Torch threads of each stage. A part of the result: another count changes the last bits."""

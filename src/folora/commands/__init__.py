@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
-RUNS, EVALUATIONS, REPORT = map(Path, ("artifacts/runs", "artifacts/evaluation", "results/report"))  # as in dvc.yaml
+FOUNDATION = Path("artifacts/foundation")  # as in dvc.yaml, and so are these
+RUNS, EVALUATIONS, REPORT = map(Path, ("artifacts/runs", "artifacts/evaluation", "results/report"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from folora.commands import EVALUATIONS, REPORT, RUNS
+from folora.commands import EVALUATIONS, FOUNDATION, REPORT, RUNS
 from folora.console import print_table
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def pick(
     task: Annotated[str | None, typer.Option(help="Entry of tasks; left out: each of them.")] = None,
     runs: Runs = RUNS,
     evaluations: Evaluations = EVALUATIONS,
-    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = FOUNDATION,
     as_json: AsJson = False,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
@@ -209,7 +209,7 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Write the whole model, in float32.")] = False,
     runs: Runs = RUNS,
     evaluations: Evaluations = EVALUATIONS,
-    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = FOUNDATION,
     heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
@@ -240,7 +240,7 @@ def push(
 )
 def forget(
     adapter: Annotated[Path, typer.Argument(help="Folder of any PEFT adapter for the base model.")],
-    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = Path("artifacts/foundation"),
+    foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = FOUNDATION,
     heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
     spectrum: Annotated[
         Path | None, typer.Option(help="Moments; left out: those of the first task and source.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from folora.costs import LEDGER, Cost, read_costs
 from folora.errors import FoLoRAError
-from folora.storage import publish, require
+from folora.storage import publish
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +85,7 @@ def write_page(stages: list[StageCost], methods: list[MethodCost], report: Path,
         ("Every stage on this machine, all of its outputs together.", StageCost.HEAD, [one.cells() for one in stages]),
         ("Training of each method: a median step, and memory.", MethodCost.HEAD, [one.cells() for one in methods]),
     ]
-    page = with_costs(require(report / "index.html").read_text(), tables)
+    page = with_costs(report / "index.html", tables)
     with publish(output) as partial:
         partial.write_text(page)
 

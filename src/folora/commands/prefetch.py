@@ -6,13 +6,12 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from folora.commands import FOUNDATION
 from folora.errors import FoLoRAError
 from folora.params import PretrainedFoundation
 
 if TYPE_CHECKING:
     from folora.params import Params
-
-FOUNDATION = Path("artifacts/foundation")  # as dvc.yaml has it
 
 
 def prefetch(params: Params) -> tuple[list[str], list[str]]:

@@ -86,25 +86,26 @@ def _interval(name: str, seeds: list[tuple[float, Sample]]) -> Record:
 
 
 def drift_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
-    """Head and body of a table, a row a method; empty without rows."""
-    texts = list(dict.fromkeys(row["text"] for row in rows))
-    head = [f"{title}, {text}" for text in texts for title, _ in FIGURES.values()]
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = {row["text"]: row for row in rows if row["method"] == method}
-        cells = [_cell(own[text], name, digits) for text in texts for name, (_, digits) in FIGURES.items()]
-        body.append([method, *cells])
-    return ["method", *head], body
+    """Head and body of a table, a row a method; an empty body without rows."""
+    return _table(rows, "text", FIGURES)
 
 
 def at_best_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Likewise of the tasks that are asked at the best rate only."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    body = []
-    for method in dict.fromkeys(row["method"] for row in rows):
-        own = {row["task"]: row for row in rows if row["method"] == method}
-        body.append([method, *(_cell(own[task], "score", 2) for task in tasks)])
-    return ["method", *tasks], body
+    return _table(rows, "task", {"score": ("", 2)})
+
+
+def _table(rows: list[Record], by: str, figures: dict[str, tuple[str, int]]) -> tuple[list[str], list[list[str]]]:
+    """Figures (columns) of everything that ``by`` names, a row a method."""
+    cells = {
+        (row["method"], row[by]): [_cell(row, name, digits) for name, (_, digits) in figures.items()] for row in rows
+    }
+    names = list(dict.fromkeys(row[by] for row in rows))
+    head = [f"{title}, {name}" if title else name for name in names for title, _ in figures.values()]
+    methods = dict.fromkeys(row["method"] for row in rows)
+    return ["method", *head], [
+        [method, *(cell for name in names for cell in cells[method, name])] for method in methods
+    ]
 
 
 def _cell(row: Record, name: str, digits: int) -> str:

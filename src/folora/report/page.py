@@ -16,7 +16,7 @@ from folora.report.spectra import gated_method, health_cells, health_note, healt
 from folora.report.verdict import verdict
 from folora.serving import PEFT_CONFIG, usage_of
 from folora.significance import RESAMPLES
-from folora.storage import digest_of, read_json
+from folora.storage import digest_of, read_json, require
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,40 +42,35 @@ def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict
     from vl_convert import javascript_bundle
 
     specs = {f"{name}-{i}": _json(chart) for i, drawn in enumerate(charts) for name, chart in drawn.items()}
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            studies=[_sections(params, inputs, study) for study in studies],
-            means=text.mean_cells(studies),
-            text=text,
-            reference=params.report.reference,
-            resamples=RESAMPLES,
-            seeds=max(len(study.comparison.seeds) for study in studies),
-            gated=gated_method(params)[0],
-            snippets=[
-                snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])
-            ],
-            digests=_digests(inputs),
-            cost_begin=Markup(COST_BEGIN),
-            cost_end=Markup(COST_END),
-            charts={name: Markup(spec) for name, spec in specs.items()},
-            style=Markup((FOLDER / "page.css").read_text()),
-            script=Markup(javascript_bundle((FOLDER / "page.js").read_text())),
-        )
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        studies=[_sections(params, inputs, study) for study in studies],
+        means=text.mean_cells(studies),
+        text=text,
+        reference=params.report.reference,
+        resamples=RESAMPLES,
+        seeds=max(len(study.comparison.seeds) for study in studies),
+        gated=gated_method(params)[0],
+        snippets=[snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])],
+        digests=_digests(inputs),
+        cost_begin=Markup(COST_BEGIN),
+        cost_end=Markup(COST_END),
+        charts={name: Markup(spec) for name, spec in specs.items()},
+        style=Markup((FOLDER / "page.css").read_text()),
+        script=Markup(javascript_bundle((FOLDER / "page.js").read_text())),
     )
 
 
-def with_costs(page: str, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
+def with_costs(path: Path, tables: list[tuple[str, list[str], list[list[str]]]]) -> str:
     """A page with tables of costs, each a note, a head and rows, in the section that has none.
 
     Raises:
-        FoLoRAError: it is no page of the report stage.
+        FoLoRAError: it is missing, or no page of the report stage.
     """
-    before, begin, rest = page.partition(COST_BEGIN)
+    before, begin, rest = require(path).read_text().partition(COST_BEGIN)
     _, end, after = rest.partition(COST_END)
     if not end:
-        raise FoLoRAError("the page has no place for costs: make the report again")
+        raise FoLoRAError(f"{path}: has no place for costs: run the report stage again")
     costs = _environment().get_template("costs.html.j2").render(tables=tables)
     return f"{before}{begin}{costs}{end}{after}"
 
