@@ -11,7 +11,7 @@ import torch
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, evaluate_base, evaluate_method, export_of, load_checkpoint
-from folora.params import Params
+from folora.params import Params, Tracking
 from folora.storage import digest_of_file, read_json, read_table, write_json, write_tensors
 from folora.texts import figures
 from folora.train import TrainInputs, train_run
@@ -219,7 +219,7 @@ def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:
 
 
 @pytest.fixture
-def further(pipeline: Pipeline, tmp_path: Path) -> tuple[Params, Path]:
+def further(pipeline: Pipeline, store: Tracking, tmp_path: Path) -> tuple[Params, Path]:
     """The pipeline's parameters with a second rate of LoRA, a task asked at the best rate only, and a foreign text."""
     world = tmp_path / "world"
     shutil.copytree(pipeline.world, world)
@@ -231,6 +231,7 @@ def further(pipeline: Pipeline, tmp_path: Path) -> tuple[Params, Path]:
     )
     values = pipeline.values()
     values["runs"]["lora-1e-2-s0"] = values["runs"][LORA] | {"learning_rate": 1e-2}
+    values["tracking"] = store.model_dump()  # the pipeline's own keeps what the fixtures trained and measured
     values["evaluation"] |= {
         "at_best": ["again"],
         "texts": {"foreign": {"dataset": "foreign.jsonl", "text": "{{ words }}", "rows": 2, "max_length": 4}},
