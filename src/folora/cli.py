@@ -206,7 +206,7 @@ def train(
     output: Output,
     threads: Threads,
     params_file: ParamsFile = DEFAULT_PARAMS,
-) -> float:
+) -> float | None:
     """Train the adapter of one run."""
     params = _prepare(params_file, output, threads)
     _entry(params.runs, run, "runs")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from tqdm import tqdm
 from folora.errors import FoLoRAError
 from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
+from folora.scratch import save_seconds, scratch
 from folora.storage import digest_of_file, read_table, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -50,23 +53,46 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     model = base.load_model()
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([token_ids[0]], device=model.device))
-    moments = text.moments(model, {leader: layers[leader] for leader in groups})
-    if not moments.tokens:
-        raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
-    write_tensors(
-        output,
-        _stored(moments),
-        {
-            "artefact": "covariance",
-            **base.identity,
-            "rows": digest_of_file(rows),
-            **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
-            **({"task_rows": settings.task_rows} if "task" in manifest else {}),
-            "positions": positions,
-            "tokens": moments.tokens,
-            "groups": groups,
-        },
-    )
+    about: dict[str, Any] = {
+        "artefact": "covariance",
+        **base.identity,
+        "rows": digest_of_file(rows),
+        **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
+        **({"task_rows": settings.task_rows} if "task" in manifest else {}),
+        "positions": positions,
+        "groups": groups,
+    }
+    with scratch(**about, batch_size=settings.batch_size) as unfinished:
+        sums = Sums(unfinished / "sums.safetensors")
+        moments = text.moments(model, {leader: layers[leader] for leader in groups}, sums)
+        if not moments.tokens:
+            raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
+        write_tensors(output, _stored(moments), about | {"tokens": moments.tokens})
+
+
+class Sums:
+    """Moments over the first batches of a text, saved every few minutes for the stage to go on from."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved = time.monotonic()
+
+    def take_up(self, moments: Moments) -> int:
+        """Fill moments with the saved sums; returns the number of batches they are over."""
+        with suppress(FoLoRAError):  # there are none, or a power cut has damaged them
+            tensors, about = read_tensors(self._path, artefact="sums")
+            for name, value in _stored(moments).items():
+                value.copy_(tensors[name])
+            moments.tokens = about["tokens"]
+            return int(about["batches"])
+        return 0
+
+    def save(self, moments: Moments, batches: int) -> None:
+        """Save sums over so many batches, when the last ones saved are old."""
+        if time.monotonic() - self._saved >= save_seconds():
+            about = {"artefact": "sums", "tokens": moments.tokens, "batches": batches}
+            write_tensors(self._path, _stored(moments), about)
+            self._saved = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -88,13 +114,24 @@ class CountedText:
     padding: int
 
     @torch.no_grad()
-    def moments(self, model: Any, layers: dict[str, nn.Linear]) -> Moments:
-        """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text."""
+    def moments(self, model: Any, layers: dict[str, nn.Linear], sums: Sums | None = None) -> Moments:
+        """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text.
+
+        Args:
+            model: a causal language model.
+            layers: of the model.
+            sums: where unfinished work is kept, and taken up.
+        """
         with collect(layers) as collector:
+            begun = sums.take_up(collector.moments) if sums else 0
             made = batches(self.token_ids, self.batch_size, self.padding, model.device)
-            for input_ids, mask, rows in tqdm(made, "covariance"):
+            for number, (input_ids, mask, rows) in enumerate(tqdm(made, "covariance")):
+                if number < begun:
+                    continue
                 collector.select(mask & self._counted(mask, rows))
                 model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+                if sums:
+                    sums.save(collector.moments, number + 1)
         return collector.moments
 
     def _counted(self, mask: Tensor, rows: range) -> Tensor:

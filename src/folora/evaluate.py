@@ -20,6 +20,7 @@ from folora.errors import FoLoRAError
 from folora.harness import Harness
 from folora.params import run_params
 from folora.records import base_records, read_record, source_tags
+from folora.scratch import kept, scratch
 from folora.storage import (
     ANSWERS_FILE,
     MANIFEST_FILE,
@@ -29,6 +30,7 @@ from folora.storage import (
     check_manifest,
     digest_of,
     digest_of_file,
+    digest_of_folder,
     publish,
     read_json,
     read_table,
@@ -97,9 +99,9 @@ class Results:
         """Keep the answers of a checkpoint."""
         self._answers += [{**key, **answer} for answer in answers]
 
-    def drifted(self, key: Record, readings: Readings) -> None:
-        """Keep KL and loss of every token."""
-        self._tokens += [{"run": key["run"], "step": key["step"], **record} for record in token_records(readings)]
+    def drifted(self, key: Record, tokens: list[Record]) -> None:
+        """Keep KL and loss of every token; see ``token_records``."""
+        self._tokens += [{"run": key["run"], "step": key["step"], **record} for record in tokens]
 
     def write(self, output: Path, runs: dict[str, str]) -> None:
         """Write the folder; ``runs`` holds the digest of each run that was measured."""
@@ -131,7 +133,7 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
     readings = evaluator.base_drift()
-    results.drifted({"run": BASE, "step": 0}, readings)
+    results.drifted({"run": BASE, "step": 0}, token_records(readings))
     for name, task in params.tasks.items():
         key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
         answered = evaluator.answers([*evaluator.tasks_of(task), *params.evaluation.at_best])
@@ -152,18 +154,25 @@ def evaluate_method(
     Raises:
         FoLoRAError: a run is missing or of another model, or an adapter changes nothing.
     """
-    evaluator = Evaluator(params, base, tasks, heldout)
-    results = Results()
     digests = {}
     for name in params.runs_of(method):
         manifest = read_json(runs / name / MANIFEST_FILE)
         check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
         digests[name] = digest_of(manifest)
-        _measure(evaluator, params, name, runs / name, results)
-    if params.evaluation.at_best:
-        _ask_at_best(evaluator, params.evaluation.at_best, runs, results)
-    results.write(output, digests)
+    evaluator = Evaluator(params, base, tasks, heldout)
+    results = Results()
+    with scratch(
+        runs=digests,
+        tasks=digest_of_folder(tasks),
+        heldout=digest_of_file(heldout),
+        params=params.model_dump(mode="json", include={"tasks", "evaluation"}),
+    ) as unfinished:
+        for name in digests:
+            _measure(evaluator, params, name, runs / name, results, unfinished)
+        if params.evaluation.at_best:
+            _ask_at_best(evaluator, params.evaluation.at_best, runs, results, unfinished)
+        results.write(output, digests)
     source = source_tags(params)
     with sending(params.tracking) as sender:
         for name in digests:
@@ -171,36 +180,46 @@ def evaluate_method(
             sender.send(read_record(runs / name, own, source))
 
 
-def _measure(evaluator: Evaluator, params: Params, name: str, folder: Path, results: Results) -> None:
-    """Measure every checkpoint of a run."""
+def _measure(evaluator: Evaluator, params: Params, name: str, folder: Path, results: Results, unfinished: Path) -> None:
+    """Measure every checkpoint of a run that an earlier try has not."""
     run = params.runs[name]
     task = params.tasks[run.task]
     _, history = read_table(folder / "history.parquet", artefact="history", run=name)
     key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
     later = dict.fromkeys(map(best_key, params.evaluation.at_best))
-    checkpoints = checkpoints_of(folder)
-    for checkpoint in checkpoints:
-        evaluator.load(checkpoint)
-        readings = evaluator.drift()
-        drift = figures(readings)
-        if drift["kl"] == 0:
-            raise FoLoRAError(f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again")
+    *earlier, last = checkpoints_of(folder)
+    for checkpoint in (*earlier, last):
+
+        def measure(checkpoint: Path = checkpoint) -> Record:
+            evaluator.load(checkpoint)
+            readings = evaluator.drift()
+            drift = figures(readings)
+            if drift["kl"] == 0:
+                raise FoLoRAError(
+                    f"{checkpoint}: the adapter changes nothing (KL to the base is 0): train the run again"
+                )
+            tokens = token_records(readings) if checkpoint == last else []
+            return {"drift": drift, "tokens": tokens, "answers": evaluator.answers(evaluator.tasks_of(task))}
+
+        found = kept(unfinished / f"{name}-{checkpoint.name}.json", measure)
         key |= {"seed": run.seed, "step": int(checkpoint.name)}
-        answered = evaluator.answers(evaluator.tasks_of(task))
-        results.answered(key, answered)
-        if checkpoint == checkpoints[-1]:
-            results.drifted(key, readings)
+        results.answered(key, found["answers"])
+        results.drifted(key, found["tokens"])
         about = {**export_of(checkpoint), "trainable": history["trainable"]}
-        results.metrics.append({**key, **scores(answered, task, params), **later, **drift, **about})
+        results.metrics.append({**key, **scores(found["answers"], task, params), **later, **found["drift"], **about})
 
 
-def _ask_at_best(evaluator: Evaluator, tasks: list[str], runs: Path, results: Results) -> None:
+def _ask_at_best(evaluator: Evaluator, tasks: list[str], runs: Path, results: Results, unfinished: Path) -> None:
     """Ask the ends of the runs at the best rate of each adaptation what only they are asked."""
     for adaptation in dict.fromkeys(record["adaptation"] for record in results.metrics):
         own = [record for record in results.metrics if record["adaptation"] == adaptation]
         for record in best_finals(own).values():
-            evaluator.load(runs / record["run"] / "checkpoints" / str(record["step"]))
-            answered = evaluator.answers(tasks)
+
+            def ask(record: Record = record) -> list[Record]:
+                evaluator.load(runs / record["run"] / "checkpoints" / str(record["step"]))
+                return evaluator.answers(tasks)
+
+            answered = kept(unfinished / f"{record['run']}-best.json", ask)
             results.answered({name: record[name] for name in KEY}, answered)
             record |= best_scores(answered, tasks)
 

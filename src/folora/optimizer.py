@@ -13,7 +13,7 @@ F (d × d) may multiply canonical Adam's update on the right, A ← A (1 - lr·w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,10 +79,11 @@ class GatedAdam(torch.optim.Optimizer):
         eps: added to √v̂.
         weight_decay: decoupled, as in AdamW.
 
-    Coordinates follow from the run's inputs, so ``state_dict`` leaves them out. Moments are float32.
+    Coordinates follow from the run's inputs, so ``state_dict`` leaves them out, but for those that ``turn`` has
+    replaced since. Moments are float32.
 
     Attributes:
-        coordinates: of each parameter group.
+        coordinates: of each parameter group; ``turn`` replaces them.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class GatedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self.coordinates: list[Coordinates] = []
+        self._turned: set[int] = set()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -103,12 +105,29 @@ class GatedAdam(torch.optim.Optimizer):
         self.coordinates.append(Coordinates(**own))
         super().add_param_group(param_group)
 
+    @property
+    def steps(self) -> int:
+        """Steps taken so far."""
+        return max((state["step"] for state in self.state.values()), default=0)
+
+    def turn(self, position: int, coordinates: Coordinates) -> None:
+        """Give the parameter group at ``position`` other coordinates from the next step on."""
+        self.coordinates[position] = coordinates
+        self._turned.add(position)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and options, and the basis and gate of the groups that were turned."""
+        turned = {position: self.coordinates[position] for position in sorted(self._turned)}
+        return super().state_dict() | {"turned": {position: (c.basis, c.gate) for position, c in turned.items()}}
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the moments in float32, also those of parameters of another type."""
+        """Restore the moments in float32, also those of parameters of another type, and what was turned."""
         super().load_state_dict(state_dict)
         for state in self.state.values():
             state.update({key: state[key].float() for key in ("exp_avg", "exp_avg_sq")})
+        for position, (basis, gate) in state_dict.get("turned", {}).items():
+            self.turn(position, replace(self.coordinates[position], basis=basis, gate=gate))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

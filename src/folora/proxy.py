@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folora.params import CorpusSource, SampledSource
-from folora.storage import write_table
+from folora.scratch import kept, scratch
+from folora.storage import digest_of_folder, write_table
 from folora.task import read_rows, render
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import pyarrow as pa
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from folora.base import Base
     from folora.params import Proxy
@@ -51,14 +53,16 @@ def generate_proxy(settings: Proxy, source: str, shard: str, base: Base, output:
         FoLoRAError: the sequences are longer than the model's context, or the corpus is not as declared.
     """
     chosen = settings.sources[source]
+    read = None
     if isinstance(chosen, SampledSource):
         draw = _from_model(base, chosen.temperature)
     elif isinstance(chosen, CorpusSource):
         draw = _from_corpus(base, chosen, Path(settings.corpora))
+        read = digest_of_folder(Path(settings.corpora))
     else:
         draw = _from_vocabulary(base)
     manifest = {"proxy": settings.sampling(source), "shard": shard}
-    _write(settings, shard, settings.sequences, base, draw, output, manifest)
+    _write(settings, shard, settings.sequences, base, draw, output, manifest, read)
 
 
 def generate_heldout(settings: Proxy, base: Base, output: Path) -> None:
@@ -72,19 +76,37 @@ def generate_heldout(settings: Proxy, base: Base, output: Path) -> None:
 
 
 def _write(
-    settings: Proxy, shard: str, count: int, base: Base, draw: Draw, output: Path, manifest: dict[str, Any]
+    settings: Proxy,
+    shard: str,
+    count: int,
+    base: Base,
+    draw: Draw,
+    output: Path,
+    manifest: dict[str, Any],
+    read: str | None = None,
 ) -> None:
+    """Draw ``count`` sequences, batch by batch, and write them; ``read`` is the digest of what ``draw`` reads."""
+    base.check_length(settings.max_length, "proxy.max_length")
+    seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
+    about = {"artefact": "proxy", **base.identity, **manifest}
+    samples: list[Sample] = []
+    with scratch(**about, read=read) as unfinished:
+        for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
+
+            def batch(start: int = start) -> list[tuple[Any, ...]]:
+                uniforms = uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1)
+                return [astuple(one) for one in draw(uniforms)]
+
+            samples += [Sample(*one) for one in kept(unfinished / f"{start}.json", batch)]
+        write_table(output, _table(samples, seeds, base.load_tokenizer()), about)
+
+
+def _table(samples: list[Sample], seeds: list[int], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
     import pyarrow as pa
 
-    base.check_length(settings.max_length, "proxy.max_length")
-    tokenizer = base.load_tokenizer()
-    seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
-    samples: list[Sample] = []
-    for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
-        samples += draw(uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1))
-    table = pa.table(
+    return pa.table(
         {
-            "index": pa.array(range(count), pa.int32()),
+            "index": pa.array(range(len(samples)), pa.int32()),
             "seed": pa.array(seeds, pa.uint64()),
             "token_ids": pa.array([one.token_ids for one in samples], pa.list_(pa.int32())),
             "text": [tokenizer.decode(one.token_ids, skip_special_tokens=True) for one in samples],
@@ -92,7 +114,6 @@ def _write(
             "finish_reason": ["stop" if one.finished else "length" for one in samples],
         }
     )
-    write_table(output, table, {"artefact": "proxy", **base.identity, **manifest})
 
 
 def _from_model(base: Base, temperature: float) -> Draw:

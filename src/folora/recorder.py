@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from folora.tracking import RunLog
 
 
+READING = "reading"  # within what the Trainer logs, and saves with its state
+COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "penalty", "utility", "kl")  # of the history
+
+
 class Recorder(TrainerCallback):
     """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget."""
 
@@ -30,20 +34,20 @@ class Recorder(TrainerCallback):
         """Prepare to record.
 
         Args:
-            folder: of the run.
+            folder: for the checkpoints.
             adapted: the model in training.
             text: measures its KL.
             budget: the greatest KL allowed, or None.
             due: steps after which a checkpoint is saved.
             log: of the run.
         """
-        self._folder, self._adapted, self._text, self._log = folder / "checkpoints", adapted, text, log
+        self._folder, self._adapted, self._text, self._log = folder, adapted, text, log
         self._meter = ForgettingMeter(adapted.groups)
         self._budget = budget
         self._due = due
         self._tokens, self._since = 0, time.perf_counter()
         self._begun, self._steps = 0.0, list[float]()
-        self.history: list[dict[str, float]] = []
+        self._logged: list[dict[str, Any]] = []
         self.gates: dict[str, float] = {}
 
     def record_gates(self, optimizer: torch.optim.Optimizer) -> None:
@@ -61,9 +65,10 @@ class Recorder(TrainerCallback):
         self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock."""
-        del args, state, control
-        self._since = time.perf_counter()
+        """Start the clock; a training that goes on brings along what it has logged."""
+        del args, control
+        self._logged = state.log_history
+        self._tokens, self._since = state.num_input_tokens_seen, time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock of a step."""
@@ -71,9 +76,9 @@ class Recorder(TrainerCallback):
         self._begun = time.perf_counter()
 
     @property
-    def step_seconds(self) -> float:
-        """Median time of a step: forward, backward and update, without checkpoints and readings."""
-        return median(self._steps)
+    def step_seconds(self) -> float | None:
+        """Median time of a step: forward, backward and update, without checkpoints and readings; None without any."""
+        return median(self._steps) if self._steps else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save a checkpoint where one is due."""
@@ -99,7 +104,7 @@ class Recorder(TrainerCallback):
             **self._meter.read(),
             "kl": kl,
         }
-        self.history.append({"step": step, **reading})
+        state.log_history[-1][READING] = {"step": step, **reading}
         # speed differs from one training to the next and stays out of the history, whose bytes do not
         logged = {**reading, "tokens_per_second": speed}
         self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
@@ -118,4 +123,5 @@ class Recorder(TrainerCallback):
         """The history as an Arrow table, one row a reading."""
         import pyarrow as pa
 
-        return pa.Table.from_pylist(self.history)
+        readings = [logged[READING] for logged in self._logged if READING in logged]
+        return pa.table({name: [reading[name] for reading in readings] for name in COLUMNS})

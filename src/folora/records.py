@@ -114,14 +114,23 @@ def source_tags(params: Params) -> dict[str, str]:
 
 
 class Journal:
-    """Lines of JSON about one training, in ``.folora/tracking`` of the working folder; best effort, as tracking is."""
+    """Lines of JSON about one training, in ``.folora/tracking`` of the working folder; best effort, as tracking is.
 
-    def __init__(self, digest: str, tags: dict[str, str]) -> None:
+    Args:
+        digest: of the run.
+        tags: of its source.
+        begun: the step it goes on from; what a training that was cut short has noted after it is dropped.
+    """
+
+    def __init__(self, digest: str, tags: dict[str, str], begun: int = 0) -> None:
         self._path = journal_path(digest)
+        readings = [one for one in read_journal(digest)[1] if 0 < one.step <= begun]
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)  # of a training that was cut short
+            self._path.unlink(missing_ok=True)
         self._write({"tags": tags})
+        for one in readings:
+            self._write({"step": one.step, "time": one.time, "values": {one.key: one.value}})
 
     def add(self, values: dict[str, float], step: int) -> list[Reading]:
         """Keep the values of one step; returns them as readings."""

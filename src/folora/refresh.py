@@ -39,14 +39,12 @@ class UtilityRefresh:
 
     def __init__(self, method: FoLoRA, adapted: AdaptedModel) -> None:
         self._method, self._adapted = method, adapted
-        self._steps = 0
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
         assert self._method.refresh_utility, "the hook is for methods that refresh"
-        if self._steps and self._steps % self._method.refresh_utility == 0:
+        if optimizer.steps and optimizer.steps % self._method.refresh_utility == 0:
             self._refresh(optimizer)
-        self._steps += 1
 
     def _refresh(self, optimizer: Any) -> None:
         groups = self._adapted.groups
@@ -55,7 +53,7 @@ class UtilityRefresh:
             old = optimizer.coordinates[position]
             new = Coordinates(**self._method.coordinates(LayerGroup(group.layers, self._solved(group, moments))))
             carry_over(optimizer, optimizer.param_groups[position]["params"], old.basis, new.basis)
-            optimizer.coordinates[position] = new
+            optimizer.turn(position, new)
 
     @staticmethod
     def _solved(group: LayerGroup, moments: Moments) -> LayerSpectrum:
@@ -79,25 +77,23 @@ class ColumnGates:
 
     def __init__(self, method: FoLoRA, pairs: list[tuple[LoRALayer, LayerGroup]], first: int) -> None:
         self._method, self._pairs, self._first = method, pairs, first
-        self._steps = 0
 
-    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._steps % self._method.refresh_b == 0:
-            with torch.no_grad():
-                for position, (layer, group) in enumerate(self._pairs):
-                    self._refresh(optimizer, self._first + position, layer, group)
-        self._steps += 1
+    @torch.no_grad()
+    def __call__(self, optimizer: Any, *_: Any) -> None:
+        if optimizer.steps % self._method.refresh_b == 0:
+            for position, (layer, group) in enumerate(self._pairs):
+                self._refresh(optimizer, self._first + position, layer, group)
 
     def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, group: LayerGroup) -> None:
         penalty, utility = self._method.moments(group)
         A = layer.A.double()
-        coordinates = optimizer.coordinates[position]
         if self._method.gate_b == "diag":
             rows = (A @ utility * A).sum(1) / (A @ penalty * A).sum(1)
-            coordinates.gate = self._method.gates_of(rows).float()
+            optimizer.turn(position, Coordinates(gate=self._method.gates_of(rows).float()))
             return
         penalty, utility = A @ penalty @ A.mT, A @ utility @ A.mT
         pencil = solve(penalty, utility, shrinkage=1e-6, name=layer.name)
         eigenvalues = pencil.eigenvalues * (utility.trace() / penalty.trace())  # solve takes both traces out
-        carry_over(optimizer, [layer.B], coordinates.basis, pencil.basis)
-        coordinates.basis, coordinates.gate = pencil.basis.float(), self._method.gates_of(eigenvalues).float()
+        carry_over(optimizer, [layer.B], optimizer.coordinates[position].basis, pencil.basis)
+        gates = self._method.gates_of(eigenvalues).float()
+        optimizer.turn(position, Coordinates(basis=pencil.basis.float(), gate=gates))

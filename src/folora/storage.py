@@ -106,6 +106,12 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest_of_folder(folder: Path, pattern: str = "*") -> str:
+    """SHA-256 of the names and contents of a folder's files at any depth, in hexadecimal."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    return digest_of({path.relative_to(folder).as_posix(): digest_of_file(path) for path in files})
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON with sorted keys."""
     path.write_text(json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")

@@ -233,9 +233,9 @@ def sending(settings: Tracking) -> Iterator[Sender]:
 class RunLog:
     """Logs a run while it trains, at once to its journal, later to MLflow."""
 
-    def __init__(self, card: Card, source: dict[str, str], sender: Sender) -> None:
+    def __init__(self, card: Card, source: dict[str, str], sender: Sender, begun: int) -> None:
         self._card, self._sender = card, sender
-        self._journal = Journal(card.digest, source)
+        self._journal = Journal(card.digest, source, begun)
         self._process = psutil.Process()
         self._run: Run | None = None
 
@@ -284,10 +284,10 @@ class RunLog:
 
 
 @contextmanager
-def run_log(settings: Tracking, card: Card, source: dict[str, str]) -> Iterator[RunLog]:
-    """Log a training for a ``with`` block and close it as finished or failed."""
+def run_log(settings: Tracking, card: Card, source: dict[str, str], begun: int = 0) -> Iterator[RunLog]:
+    """Log a training for a ``with`` block and close it as finished or failed; ``begun``: the step it goes on from."""
     with sending(settings) as sender:
-        log = RunLog(card, source, sender)
+        log = RunLog(card, source, sender, begun)
         try:
             yield log
         except BaseException:

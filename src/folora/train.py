@@ -6,13 +6,13 @@ A run folder holds ``adapter/`` (the result), ``checkpoints/STEP/`` (the last on
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import dataclass
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArguments
 
 from folora.adapter import AdaptedModel, Context
 from folora.covariance import CountedText
@@ -24,7 +24,9 @@ from folora.params import run_params
 from folora.proxy import HELDOUT
 from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
+from folora.resume import CHECKPOINTS, STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
 from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
+from folora.scratch import scratch
 from folora.spectrum import read_spectrum
 from folora.storage import (
     FORMAT,
@@ -60,8 +62,10 @@ class TrainInputs:
     spectrum: Path
 
 
-def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float:
+def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float | None:
     """Train one run and write its folder; returns the median seconds of an optimizer step.
+
+    A run that was killed goes on from its last saved state (``resume.py``) and gets the same bytes.
 
     Raises:
         FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
@@ -100,19 +104,27 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
     due = checkpoint_steps(rows.steps, params.train.checkpoints)
-    with publish(output) as folder, run_log(params.tracking, card_of(manifest), source_tags(params)) as log:
-        recorder = Recorder(folder, adapted, text, method.kl_budget, due, log)
-        fit(adapted, tokenizer, rows, recorder, params, run)
-        if not adapted.moved():
-            raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
-        adapted.save(folder / "adapter")
-        size = sum(parameter.numel() for parameter in adapted.trained)
-        about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
-        write_table(folder / "history.parquet", recorder.table(), about)
-        write_json(folder / COVERAGE_FILE, [vars(one) for one in covered])
-        write_json(folder / MANIFEST_FILE, manifest)
-        if peft_adapter(folder):
-            log.adapter(folder / "adapter", rows.steps)
+    with scratch(**manifest) as unfinished:
+        state = last_state(unfinished)
+        begun = step_of(state) if state else 0
+        with (
+            publish(output) as folder,
+            run_log(params.tracking, card_of(manifest), source_tags(params), begun) as log,
+        ):
+            recorder = Recorder(unfinished / CHECKPOINTS, adapted, text, method.kl_budget, due, log)
+            fit(adapted, tokenizer, rows, recorder, params, run, unfinished, state)
+            if not adapted.moved():
+                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
+            adapted.save(folder / "adapter")
+            size = sum(parameter.numel() for parameter in adapted.trained)
+            about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
+            write_table(folder / "history.parquet", recorder.table(), about)
+            write_json(folder / COVERAGE_FILE, [vars(one) for one in covered])
+            write_json(folder / MANIFEST_FILE, manifest)
+            if peft_adapter(folder):
+                log.adapter(folder / "adapter", rows.steps)
+            # last: until then a full disk loses nothing
+            shutil.move(unfinished / CHECKPOINTS, folder / CHECKPOINTS)
     return recorder.step_seconds
 
 
@@ -183,8 +195,8 @@ class ScheduledRows(torch.utils.data.Dataset):
         return self._rows[self._order[position]]
 
 
-class ObjectiveTrainer(Trainer):
-    """transformers' Trainer with a method's objective in place of the model's own loss."""
+class ObjectiveTrainer(ResumableTrainer):
+    """The Trainer with a method's objective in place of the model's own loss."""
 
     def __init__(self, objective: Objective, **options: Any) -> None:
         super().__init__(**options)
@@ -212,41 +224,54 @@ def fit(
     recorder: Recorder,
     params: Params,
     run: Run,
+    unfinished: Path,
+    state: Path | None,
 ) -> None:
-    """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm."""
+    """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm.
+
+    Args:
+        adapted: the model.
+        tokenizer: pads the batches.
+        rows: the schedule.
+        recorder: keeps checkpoints and history.
+        params: all parameters.
+        run: the run.
+        unfinished: the run's scratch folder.
+        state: in it, to go on from; None to begin.
+    """
     settings = params.train
     method = params.methods[run.method]
     optimizer = method.optimizer(adapted, run.learning_rate)
     recorder.record_gates(optimizer)
-    with TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=rows.steps,
-            per_device_train_batch_size=rows.batch_size,
-            train_sampling_strategy="sequential",
-            lr_scheduler_type="linear",
-            max_grad_norm=settings.max_grad_norm,
-            logging_steps=settings.log_every,
-            logging_first_step=True,  # a run shorter than log_every has a history too
-            save_strategy="no",
-            report_to=[],
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            disable_tqdm=not sys.stderr.isatty(),
-            use_cpu=adapted.model.device.type == "cpu",
-            activation_checkpointing=settings.gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False},
-            seed=run.seed,
-            include_num_input_tokens_seen="non_padding",
-        )
-        trainer = ObjectiveTrainer(
-            Objective(method, adapted, settings.batch_size, settings.micro_batch),
-            model=adapted.model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-            optimizers=(optimizer, None),
-            callbacks=[recorder],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    arguments = TrainingArguments(
+        output_dir=str(unfinished),
+        max_steps=rows.steps,
+        per_device_train_batch_size=rows.batch_size,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="linear",
+        max_grad_norm=settings.max_grad_norm,
+        logging_steps=settings.log_every,
+        logging_first_step=True,  # a run shorter than log_every has a history too
+        save_strategy="no",  # StateSaver says when
+        save_total_limit=STATES_KEPT,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        use_cpu=adapted.model.device.type == "cpu",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=run.seed,
+        include_num_input_tokens_seen="non_padding",
+    )
+    trainer = ObjectiveTrainer(
+        Objective(method, adapted, settings.batch_size, settings.micro_batch),
+        model=adapted.model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        optimizers=(optimizer, None),
+        callbacks=[recorder, StateSaver(unfinished)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(state) if state else None)

@@ -2,9 +2,9 @@
 
     A ← A - lr (Ũ ⊙ g) V̂ᵀ,   Ũ Adam's update of G_A V̂
 
-A₀ is gated too, because the first steps of B write into its row space. B is trained by plain AdamW. The paper's
-abstract fixes the spectral coordinates and the direction-wise gate; the gate's form, the start and the treatment of
-B are ours, and each is an option here.
+A₀ is gated too, because the first steps of B write into its row space. Each column of B acts in the direction of a row
+of A, so B is gated as well, in the r × r pencil of A's rows. The paper's abstract fixes the spectral coordinates and
+the direction-wise gate; the gate's form, the start and the treatment of B are ours, and each is an option here.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class FoLoRA(SpectralMethod):
     form: Literal["rotated", "filter"] = "rotated"
     start: Literal["gated", "spectral", "kaiming"] = "gated"
     gate_a: bool = True
-    gate_b: Literal["off", "diag", "full"] = "off"
+    gate_b: Literal["off", "diag", "full"] = "full"
     refresh_b: Annotated[int, Field(ge=1)] = 10
     refresh_utility: Annotated[int, Field(ge=1)] | None = None
     freeze_a: bool = False

@@ -1,14 +1,14 @@
 """Controls of FoLoRA: the same mean gate for every direction of a layer input.
 
-``uniform`` keeps the spectral basis, so what FoLoRA gains over it is the gate's. ``uniform-canonical`` drops the basis
-too: plain Adam on A with FoLoRA's mean step size.
+``uniform`` keeps the spectral bases, of A and of B, so what FoLoRA gains over it is the gate's. ``uniform-canonical``
+drops them too: plain Adam, on A with FoLoRA's mean step size.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from folora.methods.folora import SpectralMethod
+from folora.methods.folora import FoLoRA, SpectralMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from folora.deltas import LayerGroup
 
 
-class Uniform(SpectralMethod):
-    """Spectral basis, the layer's mean gate in every direction."""
+class Uniform(FoLoRA):
+    """FoLoRA with the mean gate of a layer's directions in each of them; its other options are FoLoRA's."""
 
-    kind: Literal["uniform"]
+    kind: Literal["uniform"]  # type: ignore[assignment]
     paper: ClassVar[str] = "control"
 
-    def gates_for(self, group: LayerGroup) -> Tensor:
-        gates = super().gates_for(group)
+    def gates_of(self, eigenvalues: Tensor) -> Tensor:
+        gates = super().gates_of(eigenvalues)
         return gates.mean().expand_as(gates)
 
 
