@@ -261,6 +261,15 @@ def test_full_gate_on_b_works_in_the_pencil_of_a_s_rows() -> None:
         assert_near(found.gate, share(eigenvalues), 1e-3)
 
 
+def test_the_uniform_control_has_the_same_bases_for_b_and_their_mean_gate() -> None:
+    found, control = (optimizer(adapt("folora"), kind) for kind in ("folora", "uniform"))
+    for made in (found, control):
+        push(made, [p for group in made.param_groups for p in group["params"]], range(1))
+    for own, mean in zip(found.coordinates[len(GROUPS) :], control.coordinates[len(GROUPS) :], strict=True):
+        assert torch.equal(own.basis, mean.basis)
+        assert_near(mean.gate, own.gate.mean().expand_as(own.gate), 1e-6)
+
+
 def test_a_refresh_carries_adam_s_mean_of_b_into_the_new_coordinates() -> None:
     """The mean of G V_old becomes that of G V_new: m V⁻¹ stays what it was; the square is kept."""
     options = {"gate_b": "full", "refresh_b": 2, "freeze_a": True}
