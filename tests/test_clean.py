@@ -41,6 +41,7 @@ LEFT = {
     ".snakemake/log/x.log": ".snakemake/log",
     "logs/train.log": "logs",
     ".folora/tracking/0123.jsonl": None,
+    ".folora/scratch/0123/checkpoint-3/optimizer.pt": ".folora/scratch/0123",
 }
 
 

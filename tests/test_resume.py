@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +31,7 @@ from folora.train import TrainInputs, train_run
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import Pipeline
+    from conftest import Pipeline, SaveParams
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
@@ -191,6 +196,27 @@ def test_nothing_is_saved_of_a_short_training(
         train(pipeline, METHODS["lora"], tmp_path / "run")
     (folder,) = SCRATCH.iterdir()
     assert not list(folder.glob("checkpoint-*"))
+
+
+def test_sigterm_leaves_nothing_half_written(pipeline: Pipeline, save_params: SaveParams, tmp_path: Path) -> None:
+    values = pipeline.values()
+    values["train"] |= {"steps": 100_000, "checkpoints": 1}
+    arguments = [
+        *("train", LORA, "--params", save_params(values), "--output", tmp_path / "run", "--threads", 1),
+        *("--foundation", pipeline.folder / "foundation", "--task-rows", pipeline.task, "--proxy", pipeline.proxy),
+        *("--heldout", pipeline.heldout, "--spectrum", pipeline.spectrum),
+    ]
+    command = [sys.executable, "-c", "from folora.cli import main; main()", *map(str, arguments)]
+    with subprocess.Popen(command, env=os.environ | {INTERVAL: "0"}, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not list(SCRATCH.glob("*/checkpoint-*/" + SEAL_FILE)):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert not list(tmp_path.glob(".*.partial"))
+    assert not (tmp_path / "run").exists()
+    (folder,) = SCRATCH.iterdir()
+    assert last_state(folder) is not None
 
 
 # the other stages

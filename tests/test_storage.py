@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -125,6 +128,24 @@ def test_failure_keeps_what_was_there(error: BaseException, folder: bool, tmp_pa
         interrupted()
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_is_removed(folder: bool, tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive, other = (
+        tmp_path / f".{name}.{pid}.partial"
+        for name, pid in (("x.json", process.pid), ("x.json", os.getppid()), ("y.json", process.pid))
+    )
+    for path in (dead, alive, other):
+        if folder:
+            path.mkdir()
+        else:
+            path.touch()
+    with publish(tmp_path / "x.json") as partial:
+        partial.touch()
+    assert sorted(tmp_path.iterdir()) == sorted([alive, other, tmp_path / "x.json"])
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:

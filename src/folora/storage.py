@@ -9,10 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager, suppress
+from glob import escape
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from folora.errors import FoLoRAError
 
@@ -27,6 +31,7 @@ Manifest = dict[str, Any]
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
+PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # half written, with the id of the process
 METRICS_FILE, ANSWERS_FILE, TOKENS_FILE = "metrics.parquet", "answers.parquet", "tokens.parquet"  # results
 METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run
 
@@ -35,12 +40,17 @@ METADATA_KEY = "folora"  # one key only: safetensors writes several in an order 
 def publish(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to; move it into place when the block ends well, else remove it.
 
+    What killed processes have left half written of the same output is removed first.
+
     Raises:
         FoLoRAError: the disk is full or the folder cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
+            if abandoned(left):
+                _remove(left)
         yield partial
         if path.is_dir():
             shutil.rmtree(path)
@@ -53,6 +63,12 @@ def publish(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+
+
+def abandoned(path: Path) -> bool:
+    """Whether a path is what a process that has ended left half written."""
+    match = PARTIAL.fullmatch(path.name)
+    return match is not None and not psutil.pid_exists(int(match[1]))
 
 
 def check_writable(path: Path) -> None:

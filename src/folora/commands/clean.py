@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from folora.commands import EVALUATIONS, RUNS
 from folora.commands.locks import busy
 from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import JOURNALS, journal_path
-from folora.storage import MANIFEST_FILE, digest_of, read_json
+from folora.scratch import SCRATCH
+from folora.storage import MANIFEST_FILE, abandoned, digest_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 WRITTEN = (Path("artifacts"), Path("results"))  # where stages write
 SNAKEMAKE = Path(".snakemake")
 SNAKEMAKE_BOOKS = ("metadata", "incomplete", "log", "stale")  # made again; environments stay
-PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # of storage.publish, with the id of the process
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Leftover:
 
 def find_leftovers(params: Params) -> list[Leftover]:
     """What may go in the working folder, in the order of the paths."""
-    found = dict([*_partial(), *_unnamed(params), *_books(), *_journals(params)])
+    found = dict([*_partial(), *_scratch(), *_unnamed(params), *_books(), *_journals(params)])
     outermost = [path for path in sorted(found) if not found.keys() & set(path.parents)]
     return [Leftover(path, found[path], _size(path)) for path in outermost]
 
@@ -82,9 +79,12 @@ def _unnamed(params: Params) -> Iterator[tuple[Path, str]]:
 def _partial() -> Iterator[tuple[Path, str]]:
     for root in WRITTEN:
         for path in root.rglob(".*.partial"):
-            match = PARTIAL.fullmatch(path.name)
-            if match and not psutil.pid_exists(int(match[1])):
+            if abandoned(path):
                 yield path, "half written by a process that has ended"
+
+
+def _scratch() -> Iterator[tuple[Path, str]]:
+    yield from ((path, "unfinished: the same stage would go on from it") for path in SCRATCH.glob("*"))
 
 
 def _books() -> Iterator[tuple[Path, str]]:
