@@ -18,7 +18,7 @@ import typer
 from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
 from folora.commands.cli import app as commands
 from folora.costs import keep_cost
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, redacted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,6 +269,14 @@ def report(
     write_report(params, evaluations, output, runs=runs, spectra=spectra)
 
 
+class Redacting(logging.Formatter):
+    """Keeps secrets out of the log, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line without them."""
+        return redacted(super().format(record))
+
+
 def _entry(table: dict[str, T], name: str, section: str) -> T:
     if name not in table:
         raise FoLoRAError(f"{section}: {name!r} is not in params.yaml; there are {', '.join(table)}")
@@ -277,7 +285,9 @@ def _entry(table: dict[str, T], name: str, section: str) -> T:
 
 def main() -> None:
     """Run the command line; a mistake of the user is one line on standard error and exit code 1."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(Redacting("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -288,5 +298,5 @@ def main() -> None:
         app()
     except FoLoRAError as error:
         logger.debug("what led to it", exc_info=error)
-        print(f"folora: {error}", file=sys.stderr)
+        print(redacted(f"folora: {error}"), file=sys.stderr)
         sys.exit(1)

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+PASSWORD = re.compile(r"(\w://[^\s/:@]*):[^\s/@]+@")  # of an address, as in https://user:password@host
+SECRET_NAMES = ("TOKEN", "PASSWORD", "SECRET", "KEY")  # what names of environment variables with secrets end in
+SHORTEST_SECRET = 8  # characters; what is shorter is more likely a word
+
+
 class FoLoRAError(Exception):
     """A mistake in parameters, data or artefacts that the user can mend."""
+
+
+def redacted(text: str) -> str:
+    """The text without passwords in addresses and without values of environment variables that hold secrets."""
+    for name, value in os.environ.items():
+        if name.upper().endswith(SECRET_NAMES) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return PASSWORD.sub(r"\1:***@", text)
 
 
 def describe(error: ValidationError) -> str:

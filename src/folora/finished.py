@@ -9,11 +9,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Event, Thread
 
 MARKS = Path(".snakemake/finished")
 INTERVAL = 60.0  # seconds between two batches; what a killed workflow has finished since the last is run again
+SHARE = 0.02  # of the time that recording may take: with hundreds of stages a batch costs DVC many seconds
 
 
 def mark_of(stage: str) -> Path:
@@ -43,8 +45,11 @@ class Recording:
         self._record()
 
     def _work(self) -> None:
-        while not self._done.wait(self._interval):
+        pause = self._interval
+        while not self._done.wait(pause):
+            begun = time.monotonic()
             self._record()
+            pause = max(self._interval, (time.monotonic() - begun) / SHARE)
 
     def _record(self) -> None:
         marks = sorted(MARKS.iterdir(), key=lambda mark: mark.stat().st_mtime_ns) if MARKS.is_dir() else []

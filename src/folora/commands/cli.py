@@ -10,6 +10,7 @@ import typer
 
 from folora.commands import EVALUATIONS, FOUNDATION, REPORT, RUNS
 from folora.console import print_table
+from folora.errors import redacted
 
 if TYPE_CHECKING:
     from folora.commands.forget import Forgetting
@@ -286,7 +287,7 @@ def publish(
     if as_json:
         _print_json(vars(done))
         return
-    print(f"{len(done.sent)} runs with results are in {place}, experiment {params.tracking.experiment}")
+    print(f"{len(done.sent)} runs with results are in {redacted(place)}, experiment {params.tracking.experiment}")
     for names, state in ((done.unmeasured, "there, but not evaluated yet"), (done.missing, "not trained yet")):
         if names:
             print(f"{state}: {', '.join(names)}")

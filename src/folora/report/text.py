@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from folora.comparison import BASE
+from folora.errors import redacted
 from folora.report.drift import at_best_cells, drift_cells
 from folora.report.tables import arm_row, mean_rows
 from folora.report.verdict import verdict
@@ -192,7 +193,7 @@ def summary(studies: list[Study], params: Params, output: Path) -> str:
         console.print(verdict(study), markup=False)
     console.print(f"* at the target accuracy of {params.report.reference}, or the highest that the method also reaches")
     console.print(f"The page: {output / 'index.html'}   The figure: {output / 'frontier.png'}", soft_wrap=True)
-    runs = f"mlflow ui --backend-store-uri {params.tracking.uri}"
+    runs = f"mlflow ui --backend-store-uri {redacted(params.tracking.uri)}"
     console.print(f"Every run: {runs}   Figures: dvc metrics show", soft_wrap=True)
     return file.getvalue()
 
