@@ -16,7 +16,7 @@ from test_resume import LORA, METHODS, interrupted, train
 
 from folora.commands.forget import Yardsticks, measure_forgetting
 from folora.errors import FoLoRAError, redacted
-from folora.resume import seal
+from folora.resume import SEAL_FILE, seal
 
 if TYPE_CHECKING:
     from conftest import Pipeline, SaveParams
@@ -101,6 +101,7 @@ def test_a_pickle_in_the_place_of_a_state_does_no_harm(
     monkeypatch.setenv("FOLORA_SAVE_SECONDS", "0")
     folder = interrupted(pipeline, tmp_path / "run", monkeypatch)
     (folder / "checkpoint-6" / "optimizer.pt").write_bytes(pickle.dumps(Harm()))
+    (folder / "checkpoint-6" / SEAL_FILE).unlink()
     seal(folder, folder / "checkpoint-6")
     with pytest.raises(pickle.UnpicklingError):
         train(pipeline, METHODS["lora"], tmp_path / "run")

@@ -15,7 +15,7 @@ from threading import Event, Thread
 
 MARKS = Path(".snakemake/finished")
 INTERVAL = 60.0  # seconds between two batches; what a killed workflow has finished since the last is run again
-SHARE = 0.02  # of the time that recording may take: with hundreds of stages a batch costs DVC many seconds
+SHARE = 0.05  # of the time that recording may take: with hundreds of stages a batch costs DVC many seconds
 
 
 def mark_of(stage: str) -> Path:
