@@ -121,7 +121,9 @@ def strike(workspace: Path, command: list[str], fault: str, after: float) -> boo
     ) as runner:
         with suppress(subprocess.TimeoutExpired):
             runner.wait(after)
-        processes = [psutil.Process(runner.pid), *psutil.Process(runner.pid).children(recursive=True)]
+        processes = []
+        with suppress(psutil.NoSuchProcess):  # it has ended already
+            processes = [psutil.Process(runner.pid), *psutil.Process(runner.pid).children(recursive=True)]
         stages = [process for process in processes if is_stage(process)]
         for process in stages if fault == "stage" else processes:
             with suppress(psutil.NoSuchProcess):

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import time
 import zipfile
-from typing import TYPE_CHECKING
+from contextlib import chdir
+from pathlib import Path
 
 import pytest
 from workspace import AUTHOR, change, lock, make_workspace, run, stale
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from folora.hold import hold
 
 pytestmark = pytest.mark.slow
 
@@ -115,9 +115,21 @@ def test_a_killed_run_is_finished_by_the_other_runner(by_dvc: Path, tmp_path: Pa
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert {LORA, FOLORA} & stale(workspace)
-    run(workspace, "snakemake", "--unlock")  # a killed Snakemake leaves its lock behind, and says so
     run(workspace, "dvc", "repro")
     assert stale(workspace) == set()
     assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "2")
     weights = "artifacts/runs/lora/lora-3e-3-s0/adapter/adapter_model.safetensors"
     assert (workspace / weights).read_bytes() == (by_dvc / weights).read_bytes()
+
+
+def test_a_second_snakemake_is_told_who_is_at_work(by_dvc: Path, tmp_path: Path) -> None:
+    workspace = tmp_path / "copy"
+    shutil.copytree(by_dvc, workspace)
+    change(workspace, "train.log_every", 2)
+    (workspace / ".snakemake").mkdir()
+    with chdir(workspace), hold(Path(".snakemake")):
+        second = subprocess.run(["snakemake", "--cores", "1"], capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert f"process {os.getpid()} of " in second.stderr
+    assert "is at work on it" in second.stderr
+    assert LORA in stale(workspace)

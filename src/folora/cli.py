@@ -19,6 +19,7 @@ from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
 from folora.commands.cli import app as commands
 from folora.costs import keep_cost
 from folora.errors import FoLoRAError, redacted
+from folora.hold import hold
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,11 +46,12 @@ T = TypeVar("T")
 
 
 def stage(command: Callable[..., float | None]) -> Callable[..., None]:
-    """Register the command of a stage and keep what it cost; train returns the seconds of a step."""
+    """Register the command of a stage: it holds its output, and its cost is kept; train returns a step's seconds."""
 
     @wraps(command)
     def measured(**options: Any) -> None:
-        step = command(**options)
+        with hold(options["output"]):
+            step = command(**options)
         keep_cost(command.__name__.replace("_", "-"), options["output"], step)
 
     return app.command(rich_help_panel="Stages")(measured)

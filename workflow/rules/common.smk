@@ -5,10 +5,13 @@
 # finished is recorded with DVC, so that after either runner the other finds nothing to do.
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from folora.dag import below, is_folder, resolve_stages, stale_stages
+from folora.errors import FoLoRAError
 from folora.finished import Recording, mark_of
+from folora.hold import hold
 
 ROOT = Path(workflow.basedir)
 MARKERS = Path(".snakemake/stale")
@@ -18,6 +21,7 @@ STAGES = resolve_stages(ROOT)
 STALE = stale_stages(ROOT) & STAGES.keys() if workflow.is_main_process else set()
 UNSETTLED = below(STAGES, STALE)
 RECORDING = Recording()
+HELD = ExitStack()  # in the place of Snakemake's own lock, which outlives a kill (profiles/default/profile.yaml)
 EVERY_OUTPUT = [path for stage in STAGES.values() for path in stage.outputs]
 
 if workflow.is_main_process:

@@ -24,6 +24,10 @@ for stage in STAGES.values():
 
 
 onstart:
+    try:
+        HELD.enter_context(hold(Path(".snakemake")))
+    except FoLoRAError as error:
+        raise WorkflowError(str(error)) from error
     RECORDING.start()
     if workflow.local_exec:
         # its limit on jobs a second makes Snakemake look at all waiting jobs once a second for every job it has

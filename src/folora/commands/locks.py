@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 
-SNAKEMAKE_LOCKS = Path(".snakemake/locks")
 DVC_LOCKS = Path(".dvc/tmp/rwlock")
 
 
@@ -33,14 +32,11 @@ def dvc_processes() -> dict[int, bool]:
 
 
 def stale_locks() -> dict[Path, str]:
-    """Locks whose process has ended, and what to do about each."""
-    stale = {}
-    if SNAKEMAKE_LOCKS.is_dir() and any(SNAKEMAKE_LOCKS.iterdir()) and not snakemake_processes():
-        stale[SNAKEMAKE_LOCKS] = "snakemake --unlock"
+    """Locks whose process has ended, and what to do about each; Snakemake's place is held as ``hold.py`` says."""
     holders = dvc_processes()
     if holders and not any(holders.values()):
-        stale[DVC_LOCKS] = "nothing: DVC drops it when it runs next"
-    return stale
+        return {DVC_LOCKS: "nothing: DVC drops it when it runs next"}
+    return {}
 
 
 def busy() -> bool:

@@ -1,0 +1,63 @@
+"""One process at a time makes an output, and one Snakemake at a time works in a folder; who comes second is told.
+
+The kernel ends a hold with its process, however that ends, so there are no stale ones to clear away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from getpass import getuser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from folora.errors import FoLoRAError
+from folora.storage import check_writable, digest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HOLDS = Path(".folora/holds")
+
+
+@contextmanager
+def hold(what: Path) -> Iterator[None]:
+    """Hold a path of the working folder for a ``with`` block; others may read it meanwhile.
+
+    Raises:
+        FoLoRAError: another process holds it, or ``.folora`` cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    path = HOLDS / f"{digest_of(os.path.relpath(what))[:16]}.lock"
+    check_writable(path)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FoLoRAError(f"{what}: {_holder(path)} is at work on it: wait until it ends, or stop it") from error
+    try:
+        since = datetime.now().astimezone().isoformat(timespec="seconds")
+        who = {"process": os.getpid(), "machine": socket.gethostname(), "user": _user(), "since": since}
+        path.with_suffix(".json").write_text(json.dumps(who))
+        yield
+    finally:
+        lock.release()
+
+
+def _user() -> str:
+    try:
+        return getuser()
+    except (KeyError, OSError):  # a container may run a user id without a name
+        return str(os.getuid())
+
+
+def _holder(path: Path) -> str:
+    """Who holds it, as far as that can be read."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        who = json.loads(path.with_suffix(".json").read_text())
+        return f"process {who['process']} of {who['user']} on {who['machine']} (since {who['since']})"
+    return "another process"
