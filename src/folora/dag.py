@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
@@ -15,6 +15,9 @@ from dvc.repo import Repo, lock_repo
 
 from folora.errors import FoLoRAError
 from folora.params import flatten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,11 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
         except DvcException as error:
             raise FoLoRAError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from error
         outputs = {stage.addressing: tuple(out.def_path for out in stage.outs) for stage in stages}
-        every = [output for paths in outputs.values() for output in paths]
+        overlapping = _overlaps([output for paths in outputs.values() for output in paths])
         resolved = {}
         for stage in stages:
             paths = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
-            inputs = {path: [output for output in every if _overlap(path, output)] for path in paths}
+            inputs = {path: overlapping(path) for path in paths}
             resolved[stage.addressing] = Stage(
                 name=stage.addressing,
                 command=stage.cmd,
@@ -175,10 +178,21 @@ def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
         found = grown
 
 
-def _overlap(dependency: str, output: str) -> bool:
-    """Whether one path is the other or lies inside it."""
-    first, second = PurePosixPath(dependency), PurePosixPath(output)
-    return first == second or first in second.parents or second in first.parents
+def _overlaps(outputs: list[str]) -> Callable[[str], list[str]]:
+    """Finds the outputs that a path is, lies inside, or holds; looked up, since a graph has thousands of such paths."""
+    made: dict[PurePosixPath, str] = {}
+    held: dict[PurePosixPath, list[str]] = {}
+    for output in outputs:
+        path = PurePosixPath(output)
+        made[path] = output
+        for folder in path.parents:
+            held.setdefault(folder, []).append(output)
+
+    def find(dependency: str) -> list[str]:
+        path = PurePosixPath(dependency)
+        return [made[place] for place in (path, *path.parents) if place in made] + held.get(path, [])
+
+    return find
 
 
 def _repository(root: Path, *, wait: bool = False) -> Repo:
