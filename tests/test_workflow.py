@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from folora.dag import Stage, below, resolve_stages
+from folora.dag import Stage, _overlaps, below, resolve_stages
 from folora.params import load_params
 
 ROOT = Path(__file__).parent.parent
@@ -111,3 +113,15 @@ def test_dvc_draws_the_graph() -> None:
         [sys.executable, "-m", "dvc", "dag", "--dot"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "report" in result.stdout
+
+
+PATHS = st.lists(st.sampled_from("ab"), min_size=1, max_size=3).map("/".join)
+
+
+@given(outputs=st.lists(PATHS, unique=True), path=PATHS)
+def test_overlaps_are_those_of_a_comparison_one_by_one(outputs: list[str], path: str) -> None:
+    def inside(one: str, other: str) -> bool:
+        return f"{one}/".startswith(f"{other}/")
+
+    expected = [output for output in outputs if inside(path, output) or inside(output, path)]
+    assert sorted(_overlaps(outputs)(path)) == sorted(expected)
