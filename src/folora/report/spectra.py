@@ -33,7 +33,8 @@ HEALTH = {  # title to field of a pencil's health record and format
 def gated_method(params: Params) -> tuple[str, FoLoRA] | tuple[None, None]:
     """The first method whose gates follow from the λ of the spectrum stage: kind folora, soft gate, a number as τ."""
     for name, method in params.methods.items():
-        if not isinstance(method, FoLoRA) or not isinstance(method.tau, float):
+        # the control `uniform` is a FoLoRA with other gates
+        if not isinstance(method, FoLoRA) or method.kind != "folora" or not isinstance(method.tau, float):
             continue
         if (method.gate, method.shrinkage) == ("soft", None) and method.basis in ("generalised", "random"):
             return name, method
