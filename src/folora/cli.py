@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -43,6 +44,7 @@ Heldout = Annotated[Path, typer.Option(help="Held-out proxy text.")]
 EvaluationTasks = Annotated[Path, typer.Option(help="Folder with data and, in evaluation/, harness tasks.")]
 
 T = TypeVar("T")
+HELD = ExitStack()  # what the stage of this process holds, from `_prepare` to its end
 
 
 def stage(command: Callable[..., float | None]) -> Callable[..., None]:
@@ -50,7 +52,7 @@ def stage(command: Callable[..., float | None]) -> Callable[..., None]:
 
     @wraps(command)
     def measured(**options: Any) -> None:
-        with hold(options["output"]):
+        with HELD:
             step = command(**options)
         keep_cost(command.__name__.replace("_", "-"), options["output"], step)
 
@@ -70,6 +72,7 @@ def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
 
     params = load_params(path)
     check_writable(output)
+    HELD.enter_context(hold(output))
     if threads is not None:
         import torch
 
