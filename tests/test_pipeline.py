@@ -126,7 +126,6 @@ def test_a_second_snakemake_is_told_who_is_at_work(by_dvc: Path, tmp_path: Path)
     workspace = tmp_path / "copy"
     shutil.copytree(by_dvc, workspace)
     change(workspace, "train.log_every", 2)
-    (workspace / ".snakemake").mkdir()
     with chdir(workspace), hold(Path(".snakemake")):
         second = subprocess.run(["snakemake", "--cores", "1"], capture_output=True, text=True, check=False)
     assert second.returncode == 1
