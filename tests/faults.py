@@ -163,8 +163,9 @@ def run_again(workspace: Path, runner: str) -> list[str]:
 
 
 def digests(workspace: Path) -> dict[str, str]:
-    """SHA-256 of every output, by path."""
-    files = (path for name in OUTPUTS for path in sorted((workspace / name).rglob("*")) if path.is_file())
+    """SHA-256 of every output, by path; without the marks that Snakemake leaves in folders."""
+    found = (path for name in OUTPUTS for path in sorted((workspace / name).rglob("*")))
+    files = (path for path in found if path.is_file() and path.name != ".snakemake_timestamp")
     return {str(path.relative_to(workspace)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
