@@ -24,7 +24,7 @@ from folora.proxy import generate_proxy
 from folora.recorder import Recorder
 from folora.records import read_journal
 from folora.resume import PARAMETERS_FILE, SEAL_FILE, last_state
-from folora.scratch import INTERVAL, SCRATCH, kept, scratch
+from folora.scratch import INTERVAL, SCRATCH, kept, save_seconds, scratch
 from folora.storage import digest_of, read_json
 from folora.train import TrainInputs, train_run
 
@@ -302,6 +302,12 @@ def test_a_damaged_value_is_made_again(damage: str, tmp_path: Path) -> None:
     path.write_text(damage)
     assert kept(path, lambda: [1]) == [1]
     assert json.loads(path.read_text())["value"] == [1]
+
+
+def test_an_interval_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INTERVAL, "5m")
+    with pytest.raises(FoLoRAError, match="FOLORA_SAVE_SECONDS: '5m' is no number of seconds"):
+        save_seconds()
 
 
 def test_an_unwritable_scratch_is_named() -> None:

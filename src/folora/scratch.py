@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folora.errors import FoLoRAError
 from folora.storage import check_writable, digest_of, digest_of_folder, publish
 
 if TYPE_CHECKING:
@@ -40,8 +41,16 @@ def scratch(**conditions: Any) -> Iterator[Path]:
 
 
 def save_seconds() -> float:
-    """How long unfinished work may go unsaved where saving takes time."""
-    return float(os.environ.get(INTERVAL, "300"))
+    """How long unfinished work may go unsaved where saving takes time.
+
+    Raises:
+        FoLoRAError: the environment says something else than a number.
+    """
+    given = os.environ.get(INTERVAL, "300")
+    try:
+        return float(given)
+    except ValueError as error:
+        raise FoLoRAError(f"{INTERVAL}: {given!r} is no number of seconds: set one, or unset it") from error
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
