@@ -217,7 +217,7 @@ def save_params(tmp_path: Path) -> SaveParams:
 
     def save(values: dict[str, Any]) -> Path:
         path = tmp_path / "params.yaml"
-        yaml = YAML(typ="safe", pure=True)
+        yaml = YAML(typ="safe")  # as params.py and DVC read it
         yaml.sort_base_mapping_type_on_output = False
         yaml.dump(values, path)
         return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,6 +21,7 @@ from small import (
     eigh,
     layer_spectrum,
     moment,
+    noise,
     optimizer,
     pairs,
     push,
@@ -27,15 +29,15 @@ from small import (
 )
 
 from folora.gate import soft_gate
+from folora.methods import method_from
 from folora.methods.folora import update_filter
-from folora.optimizer import GatedAdam
+from folora.optimizer import Coordinates, GatedAdam
 from folora.pencil import solve
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from folora.adapter import AdaptedModel
-    from folora.optimizer import Coordinates
 
 UNGATED = {"gate": "hard", "open_share": 1.0}
 
@@ -340,3 +342,23 @@ def test_utility_is_measured_at_the_stated_steps() -> None:
     assert bases[2] is bases[3]
     assert bases[1] is not bases[2]
     assert bases[3] is not bases[4]
+
+
+def test_the_greatest_directions_alone_train_like_a_gate_that_shuts_the_others() -> None:
+    kept = 5
+    folora, canonical = (method_from(kind, {"kind": kind}) for kind in ("folora", "uniform-canonical"))
+    adapted = adapt("folora")
+    for group in adapted.groups:
+        basis, eigenvalues = group.spectrum.basis, group.spectrum.eigenvalues
+        some = replace(group.spectrum, basis=basis[:, -kept:], eigenvalues=eigenvalues[-kept:])
+        coordinates = folora.coordinates(replace(group, spectrum=some))
+        everything = folora.coordinates(group)
+        assert coordinates["basis"].shape[1] == kept
+        torch.testing.assert_close(coordinates["gate"], everything["gate"][-kept:])
+        updates = noise(1, RANK, basis.shape[0]).float()
+        shut = everything["gate"] * (torch.arange(len(eigenvalues)) >= len(eigenvalues) - kept)
+        whole, part = Coordinates(basis=basis, gate=shut), Coordinates(**coordinates)
+        torch.testing.assert_close(part.leave(part.enter([updates]))[0], whole.leave(whole.enter([updates]))[0])
+        control = canonical.coordinates(replace(group, spectrum=some))
+        zeros = torch.cat([torch.zeros(len(eigenvalues) - kept), everything["gate"][-kept:]])
+        torch.testing.assert_close(control["gate"], zeros.mean())

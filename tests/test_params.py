@@ -136,7 +136,8 @@ def test_the_file_says_everything_but_the_options_of_tasks_and_methods() -> None
         return [f"{owner}.{name}" for owner, name, info in items if info.is_required() is required]
 
     options = ("prompt", "response", "messages", "chat", "learn", "rows", "too_long", "packing")
-    expected = [*(f"Task.{name}" for name in options), "Train.micro_batch", "Train.gradient_checkpointing"]
+    expected = [*(f"Task.{name}" for name in options), "SpectrumSection.directions"]
+    expected += ["Train.micro_batch", "Train.gradient_checkpointing"]
     expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat")]
     assert fields(sections, required=False) == expected
     assert fields(methods, required=True) == [f"{method.__name__}.kind" for method in methods]

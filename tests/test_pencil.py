@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from folora.errors import FoLoRAError
-from folora.pencil import effective_rank, normalise, solve
+from folora.gate import soft_gate
+from folora.pencil import (
+    effective_rank,
+    estimated_inverse_trace,
+    extreme_eigenvalues,
+    krylov_columns,
+    normalise,
+    solve,
+)
 
 WIDTH = 7
 
@@ -25,6 +33,10 @@ def moment(seed: int, tokens: int = 60) -> Tensor:
 def rotation(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)).Q
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def matrix_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
@@ -166,12 +178,69 @@ def test_health_describes_penalty_and_solution() -> None:
     assert health["orthonormality"] < 1e-12
     assert health["top_share"] == pytest.approx(3 / 7)
     assert health["condition"] == pytest.approx(float(ridged.max() / ridged.min()))
-    assert health["penalty_rank"] == pytest.approx(effective_rank(spectrum))
+    assert health["penalty_rank"] == pytest.approx(7**2 / 19)
     assert health["utility_rank"] == pytest.approx(1, abs=1e-6)
+    assert health["left_out"] == 0
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "rank"), [([2.0, 2, 2], 3), ([5.0, 0, 0], 1), ([1.0, 1, 0], 2), ([2.0, 1, 1], 2**1.5)]
+    ("spectrum", "rank"), [([2.0, 2, 2], 3), ([5.0, 0, 0], 1), ([1.0, 1, 0], 2), ([2.0, 1, 1], 16 / 6)]
 )
 def test_effective_rank(spectrum: list[float], rank: float) -> None:
-    assert effective_rank(torch.tensor(spectrum)) == pytest.approx(rank)
+    Q = rotation(6)[:3, :3]
+    Q = torch.linalg.qr(Q)[0]
+    assert effective_rank(Q * torch.tensor(spectrum, dtype=Q.dtype) @ Q.mT) == pytest.approx(rank)
+
+
+@pytest.mark.parametrize("condition", [2.0, 1e3, 1e6])
+def test_condition_and_inverse_trace_are_estimated_within_a_few_per_cent(condition: float) -> None:
+    d = 200
+    Q = torch.linalg.qr(noise(3, d, d))[0]
+    spectrum = torch.logspace(0, -math.log10(condition), d, dtype=torch.float64)
+    C = Q * spectrum @ Q.mT
+    L = torch.linalg.cholesky(C)
+    largest, smallest = extreme_eigenvalues(C, L)
+    assert largest == pytest.approx(1, rel=0.05)
+    assert smallest == pytest.approx(1 / condition, rel=0.05)
+    assert float(estimated_inverse_trace(L)) == pytest.approx(float((1 / spectrum).sum()), rel=0.1)
+
+
+def wide(d: int, rank: int) -> tuple[Tensor, Tensor]:
+    """A penalty and a utility whose spectra fall off as those of activations do; the utility of this rank."""
+    penalty, utility = (
+        noise(seed, d, count) * torch.logspace(0, -2, count, dtype=torch.float64)
+        for seed, count in ((1, 2 * d), (2, rank))
+    )
+    return penalty @ penalty.mT, utility @ utility.mT
+
+
+@pytest.mark.parametrize(("rank", "count"), [(600, 60), (100, 60), (40, 60), (1, 16)])
+def test_the_greatest_directions_alone_are_those_of_the_whole_spectrum(rank: int, count: int) -> None:
+    penalty, utility = wide(300, rank)
+    whole = solve(penalty, utility, shrinkage=0.01, name="x")
+    part = solve(penalty, utility, shrinkage=0.01, directions=count, name="x")
+    assert krylov_columns(count) < 300
+    assert part.basis.shape == (300, count)
+    torch.testing.assert_close(part.eigenvalues, whole.eigenvalues[-count:], rtol=1e-4, atol=1e-8)
+    assert part.health["residual"] < 1e-3
+    assert part.health["orthonormality"] < 1e-10
+    left_out = float(whole.eigenvalues[-count - 1])
+    assert left_out <= part.health["left_out"] + 1e-9 <= 1.1 * left_out + 1e-6
+    # in C_p-orthonormal coordinates the gate operator is off by the gates of what was left out, and no more
+    C_p = normalise(penalty, 0.01)
+    L = torch.linalg.cholesky(C_p)
+    operators = []
+    for one in (whole, part):
+        V = one.basis / (one.basis * (C_p @ one.basis)).sum(0).sqrt()
+        operators.append((L.mT @ V) * soft_gate(one.eigenvalues, tau=1.0, exponent=1.0, floor=0.0) @ (V.mT @ L))
+    bound = part.health["left_out"] / (1 + part.health["left_out"])
+    assert torch.linalg.matrix_norm(operators[0] - operators[1], 2) <= bound + 1e-3
+
+
+def test_a_few_of_a_narrow_input_s_directions_are_cut_off_the_whole_spectrum() -> None:
+    whole = solve(moment(1), moment(2), shrinkage=0.01, name="x")
+    part = solve(moment(1), moment(2), shrinkage=0.01, directions=3, name="x")
+    torch.testing.assert_close(part.basis, whole.basis[:, -3:])
+    assert part.health["left_out"] == pytest.approx(float(whole.eigenvalues[-4]))
+    everything = solve(moment(1), moment(2), shrinkage=0.01, directions=WIDTH + 1, name="x")
+    torch.testing.assert_close(everything.basis, whole.basis)

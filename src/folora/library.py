@@ -90,20 +90,27 @@ def _input_ids(batch: Mapping[str, Tensor], model: PreTrainedModel) -> Tensor:
     return batch["input_ids"].to(model.device)
 
 
-def solve_spectrum(proxy: SecondMoments, task: SecondMoments, *, shrinkage: float | ShrinkageName = 0.01) -> Spectrum:
+def solve_spectrum(
+    proxy: SecondMoments,
+    task: SecondMoments,
+    *,
+    shrinkage: float | ShrinkageName = 0.01,
+    directions: int | None = None,
+) -> Spectrum:
     """Directions of every layer input, and λ, the utility of each for the task against its penalty.
 
     Args:
         proxy: over text that stands for what the model should keep, such as samples from the model itself.
         task: over text of the task.
         shrinkage: share of the identity in the penalty, or ``ledoit-wolf`` or ``oas``.
+        directions: how many of a wide layer input are found, those with the greatest λ; None: all.
 
     Raises:
         FoLoRAError: the two are of different layers, or a pencil cannot be solved.
     """
     if proxy.groups != task.groups:
         raise FoLoRAError("solve_spectrum: the moments are of different layers: measure both on one model")
-    return solve_pencils(proxy.moments, task.moments, proxy.groups, shrinkage)
+    return solve_pencils(proxy.moments, task.moments, proxy.groups, shrinkage, directions)
 
 
 def gated_adam(model: PeftModel, spectrum: Spectrum, *, learning_rate: float, **options: Any) -> GatedAdam:

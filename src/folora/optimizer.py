@@ -23,15 +23,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-def adam_direction(
-    gradient: Tensor, mean: Tensor, square: Tensor, step: int, betas: tuple[float, float], eps: float
-) -> Tensor:
-    """Advance Adam's moments in place and return the update m̂ / (√v̂ + ε), of the gradient's shape."""
+def adam_directions(
+    gradients: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    steps: list[int],
+    betas: tuple[float, float],
+    eps: float,
+) -> list[Tensor]:
+    """Advance Adam's moments in place and return the updates m̂ / (√v̂ + ε), of the gradients' shapes."""
     beta1, beta2 = betas
-    mean.lerp_(gradient, 1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    return mean / denominator / (1 - beta1**step)
+    torch._foreach_lerp_(means, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+    denominators = torch._foreach_sqrt(squares)
+    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
+    torch._foreach_add_(denominators, eps)
+    updates = torch._foreach_div(means, denominators)
+    torch._foreach_div_(updates, [1 - beta1**step for step in steps])
+    return list(updates)
 
 
 @dataclass
@@ -50,21 +60,26 @@ class Coordinates:
     gate_gradient: bool = False
     filter: Tensor | None = None
 
-    @property
-    def canonical(self) -> bool:
-        """Whether this is plain Adam."""
-        return self.basis is None and self.gate is None and self.filter is None
+    def enter(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Gradients, (rows, d) each, in these coordinates."""
+        if self.basis is None and not self.gate_gradient:
+            return gradients
+        joined = torch.cat(gradients)
+        rotated = joined if self.basis is None else joined @ self.basis
+        if self.gate is not None and self.gate_gradient:
+            rotated = rotated * self.gate
+        return list(rotated.split([len(gradient) for gradient in gradients]))
 
-    def enter(self, gradients: Tensor) -> Tensor:
-        """Gradients (rows, d) in these coordinates."""
-        rotated = gradients if self.basis is None else gradients @ self.basis
-        return rotated * self.gate if self.gate is not None and self.gate_gradient else rotated
-
-    def leave(self, updates: Tensor) -> Tensor:
-        """Updates (rows, d), gated and back in the parameters' coordinates."""
-        gated = updates if self.gate is None or self.gate_gradient else updates * self.gate
+    def leave(self, updates: list[Tensor]) -> list[Tensor]:
+        """Updates, (rows, d) each, gated and back in the parameters' coordinates."""
+        gate = None if self.gate_gradient else self.gate
+        if self.basis is None and gate is None and self.filter is None:
+            return updates
+        joined = torch.cat(updates)
+        gated = joined if gate is None else joined * gate
         back = gated if self.basis is None else gated @ self.basis.mT
-        return back if self.filter is None else back @ self.filter
+        filtered = back if self.filter is None else back @ self.filter
+        return list(filtered.split([len(update) for update in updates]))
 
 
 class GatedAdam(torch.optim.Optimizer):
@@ -136,33 +151,47 @@ class GatedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # parameters of all groups with the same options move together: a call a parameter would cost more than its sums
+        alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
-                self._step_group(parameters, group, coordinates)
+                options = tuple(group[name] for name in ("lr", "betas", "eps", "weight_decay"))
+                alike.setdefault(options, []).append((parameters, coordinates))
+        for options, groups in alike.items():
+            self._step_groups(groups, *options)
         return loss
 
-    def _step_group(self, parameters: list[Tensor], group: dict[str, Any], coordinates: Coordinates) -> None:
-        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
-        if coordinates.canonical:
-            updates = [self._advance(p, g, group) for p, g in zip(parameters, gradients, strict=True)]
-        else:
-            rows = [gradient.shape[0] for gradient in gradients]
-            rotated = coordinates.enter(torch.cat(gradients)).split(rows)
-            moved = [self._advance(p, g, group) for p, g in zip(parameters, rotated, strict=True)]
-            updates = list(coordinates.leave(torch.cat(moved)).split(rows))
-        if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for parameter, update in zip(parameters, updates, strict=True):
-            parameter.add_(update.to(parameter.dtype), alpha=-group["lr"])
+    def _step_groups(
+        self,
+        groups: list[tuple[list[Tensor], Coordinates]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        parameters = [parameter for members, _ in groups for parameter in members]
+        gradients: list[Tensor] = []
+        for members, coordinates in groups:
+            gradients += coordinates.enter([member.grad.float() for member in members if member.grad is not None])
+        directions = self._advance(parameters, gradients, betas, eps)
+        updates: list[Tensor] = []
+        for members, coordinates in groups:
+            updates += coordinates.leave(directions[len(updates) : len(updates) + len(members)])
+        if weight_decay:
+            torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        updates = [update.to(parameter.dtype) for parameter, update in zip(parameters, updates, strict=True)]
+        torch._foreach_add_(parameters, updates, alpha=-lr)
 
-    def _advance(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(gradient)
-            state["exp_avg_sq"] = torch.zeros_like(gradient)
-        state["step"] += 1
-        return adam_direction(
-            gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group["betas"], group["eps"]
-        )
+    def _advance(
+        self, parameters: list[Tensor], gradients: list[Tensor], betas: tuple[float, float], eps: float
+    ) -> list[Tensor]:
+        states = [self.state[parameter] for parameter in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if not state:
+                state["step"] = 0
+                state["exp_avg"] = torch.zeros_like(gradient)
+                state["exp_avg_sq"] = torch.zeros_like(gradient)
+            state["step"] += 1
+        means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        return adam_directions(gradients, means, squares, steps, betas, eps)

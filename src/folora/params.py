@@ -214,6 +214,10 @@ class SpectrumSection(Section):
     """The generalised eigenproblem."""
 
     shrinkage: Shrinkage
+    directions: Annotated[
+        int | None,
+        Field(ge=1, description="of an input, those with the greatest λ, the others are shut; null: all"),
+    ] = None
 
 
 class Adapter(Section):
@@ -353,6 +357,9 @@ class Params(Section):
                 raise ValueError(f"methods.{name}: no entry of runs uses it: add a run or remove the method")
             if len({run.proxy for run in runs.values()}) > 1:
                 raise ValueError(f"methods.{name}: its runs differ in proxy: give each source a method of its own")
+        if self.spectrum.directions is not None and self.spectrum.directions < self.adapter.rank:
+            rank = f"adapter.rank, {self.adapter.rank}"
+            raise ValueError(f"spectrum.directions: {self.spectrum.directions} is less than {rank}: A needs as many")
         if self.report.reference not in self.methods:
             raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
         return self
@@ -410,7 +417,7 @@ def parse_params(text: str | bytes, source: str) -> Params:
     from ruamel.yaml.error import YAMLError
 
     try:
-        content = YAML(typ="safe", pure=True).load(text)
+        content = YAML(typ="safe").load(text)
     except YAMLError as error:
         raise FoLoRAError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -5,6 +5,9 @@
 C_p and C_t are the second moments E[x xᵀ] of the input over proxy and task tokens. For a rank-one update w vᵀ the
 generalised Rayleigh quotient (vᵀ C_t v) / (vᵀ C_p v) is utility per unit of penalty, whatever w is, so the basis of
 LoRA's A is exact and static. Float64 throughout; C_p is never inverted.
+
+Of a wide input the directions with the greatest λ may be enough: those left out are as good as shut, and the greatest
+λ among them says how good.
 """
 
 from __future__ import annotations
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
     from folora.shrinkage import ShrinkageName
 
 RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
+CHECKED = 64  # directions of a solution whose residual is taken: to check all would cost as much as to solve
+POWER_STEPS = 30  # of the power iteration for the extreme eigenvalues of the penalty; a few per cent are enough
+KRYLOV_BLOCK = 64
+KRYLOV_SHARE = 2.5  # columns of the Krylov basis for each direction that is asked for
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,9 @@ class Pencil:
     """The solved pencil of one layer input of width d.
 
     Attributes:
-        basis: (d, d), V̂ = c V: columns are directions, C_p-orthogonal, under one global scale c.
-        eigenvalues: (d,), λ in ascending order.
+        basis: (d, q), V̂ = c V: columns are directions, C_p-orthogonal, under one global scale c; q = d unless
+            fewer were asked for.
+        eigenvalues: (q,), λ in ascending order.
         health: how far the solution can be trusted; see ``solve``.
     """
 
@@ -47,8 +55,8 @@ class LayerSpectrum:
     """The spectrum of one layer input of width d: everything a method may need.
 
     Attributes:
-        basis: (d, d) V̂.
-        eigenvalues: (d,) λ, ascending.
+        basis: (d, q) V̂; q = d, or the directions with the greatest λ alone.
+        eigenvalues: (q,) λ, ascending.
         penalty: (d, d) C_p, unnormalised.
         utility: (d, d) C_t, unnormalised.
         shrinkage: share of the identity that the pencil mixed into the normalised C_p.
@@ -65,6 +73,12 @@ class LayerSpectrum:
     proxy_tokens: int
     proxy_fourth: float
     health: dict[str, Any]
+
+    @property
+    def every_eigenvalue(self) -> Tensor:
+        """(d,) λ, ascending, with zeros for the directions that were left out."""
+        left_out = self.basis.shape[0] - len(self.eigenvalues)
+        return torch.cat([self.eigenvalues.new_zeros(left_out), self.eigenvalues])
 
     def to(self, device: torch.device) -> LayerSpectrum:
         """The same on a device."""
@@ -99,7 +113,13 @@ class Spectrum:
         return Spectrum({name: one.to(device) for name, one in self.inputs.items()}, self.groups)
 
 
-def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: float | ShrinkageName) -> Spectrum:
+def solve_spectrum(
+    proxy: Moments,
+    task: Moments,
+    groups: Groups,
+    shrinkage: float | ShrinkageName,
+    directions: int | None = None,
+) -> Spectrum:
     """Solve the pencil of every layer input.
 
     Args:
@@ -107,6 +127,7 @@ def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: flo
         task: moments of the same layer inputs over the task's text: the utility.
         groups: which layers read each input.
         shrinkage: share of the identity that the penalty is mixed with, or how it is estimated.
+        directions: the most of a layer input, those with the greatest λ; None: all.
 
     Raises:
         FoLoRAError: a moment is not finite or has no energy, or a penalty stays indefinite.
@@ -118,6 +139,7 @@ def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: flo
             shrinkage=shrinkage,
             proxy_tokens=proxy.tokens,
             proxy_fourth=float(proxy.fourths[name]) / proxy.tokens,
+            directions=directions,
             name=name,
         )
         for name in groups
@@ -132,12 +154,13 @@ def layer_spectrum(
     shrinkage: float | ShrinkageName,
     proxy_tokens: int,
     proxy_fourth: float,
+    directions: int | None = None,
     name: str,
 ) -> LayerSpectrum:
     """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``."""
     if isinstance(shrinkage, str):
         shrinkage = shrinkage_of(shrinkage, penalty, proxy_fourth, proxy_tokens)
-    pencil = solve(penalty, utility, shrinkage=shrinkage, name=name)
+    pencil = solve(penalty, utility, shrinkage=shrinkage, directions=directions, name=name)
     return LayerSpectrum(
         basis=pencil.basis.float(),
         eigenvalues=pencil.eigenvalues,
@@ -157,23 +180,26 @@ def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:
     visits from getting λ = ∞ out of under-sampling alone.
     """
     d = moment.shape[0]
-    identity = torch.eye(d, dtype=moment.dtype, device=moment.device)
-    return (1 - shrinkage) * moment * (d / moment.trace()) + shrinkage * identity
+    mixed = moment * ((1 - shrinkage) * d / moment.trace())
+    mixed.diagonal().add_(shrinkage)
+    return mixed
 
 
-def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> Pencil:
+def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int | None = None, name: str) -> Pencil:
     """Solve C_t V = C_p V Λ by Cholesky reduction.
 
     Args:
         penalty: (d, d), second moment over proxy tokens; any scale.
         utility: (d, d), second moment over task tokens; any scale.
         shrinkage: a of ``normalise``, for the penalty.
+        directions: how many to find at most, those with the greatest λ; None: all.
         name: the layer input, for errors.
 
     Returns:
-        The pencil, in float64. Its health record holds the relative residual ‖C_t V - C_p V Λ‖ / ‖C_t V‖, the
-        deviation of Vᵀ C_p V from I, effective ranks (exp of the entropy of the spectrum), the top direction's share
-        of the trace, the condition of the ridged penalty and the shrinkage that was used.
+        The pencil, in float64. Its health record holds the relative residual ‖C_t V - C_p V Λ‖ / ‖C_t V‖ and the
+        deviation of Vᵀ C_p V from I, both over up to 64 directions; effective ranks (tr C)² / ‖C‖_F²; the top
+        direction's share of the trace, the condition of the ridged penalty (both by power iteration) and the shrinkage
+        that was used; and ``left_out``, a bound on the λ of the directions that were not asked for.
 
     Raises:
         FoLoRAError: a moment is not finite or has no energy, or the penalty stays indefinite with 100 times the ridge.
@@ -185,46 +211,124 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
                 f"{name}: the {side} moment is not finite or zero: check the data and run covariance again"
             )
     C_t = normalise(utility)
+    C_p, L, ridge = ridged(penalty, shrinkage, name)
+    d = len(L)
+    if directions is None or krylov_columns(directions) >= d:
+        eigenvalues, V = reduced(L, C_t)
+        inverse_trace, left_out = V.square().sum(), V.new_zeros(())
+        if directions is not None and directions < d:
+            left_out = eigenvalues[-directions - 1]
+            eigenvalues, V = eigenvalues[-directions:], V[:, -directions:].contiguous()
+    else:
+        eigenvalues, V, left_out = leading(L, C_t, directions)
+        inverse_trace = estimated_inverse_trace(L)
+    checked = torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
+    found, penalised = C_t @ V[:, checked], C_p @ V[:, checked]
+    overlap = V.mT @ penalised
+    overlap[checked, torch.arange(len(checked), device=V.device)] -= 1
+    largest, smallest = extreme_eigenvalues(C_p, L)
+    health = {
+        "width": d,
+        "shrinkage": ridge,
+        "residual": float((found - penalised * eigenvalues[checked]).norm() / found.norm()),
+        "orthonormality": float(overlap.abs().max()),
+        "condition": largest / smallest,
+        "top_share": max(0.0, (largest - ridge) / (1 - ridge) / d),
+        "penalty_rank": effective_rank(penalty),
+        "utility_rank": effective_rank(utility),
+        "left_out": float(left_out),
+    }
+    scale = (d / inverse_trace).sqrt()  # c = √(d / tr C_p⁻¹), so that all of V̂ has the Frobenius norm √d
+    return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
+
+
+def directions_of(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> tuple[Tensor, Tensor]:
+    """λ and V̂ of a small pencil, as ``solve`` finds them, without a record of its health."""
+    _, L, _ = ridged(penalty, shrinkage, name)
+    eigenvalues, V = reduced(L, normalise(utility))
+    return eigenvalues.clamp_min(0), V * (math.sqrt(len(V)) / V.norm())
+
+
+def ridged(penalty: Tensor, shrinkage: float, name: str) -> tuple[Tensor, Tensor, float]:
+    """The normalised penalty C_p (d, d), its Cholesky factor L (d, d), and the shrinkage that it took.
+
+    Raises:
+        FoLoRAError: it stays indefinite with 100 times the shrinkage.
+    """
     for factor in RIDGE_LADDER:
         ridge = min(shrinkage * factor, 0.5)
         C_p = normalise(penalty, ridge)
         L, failed = torch.linalg.cholesky_ex(C_p)
         if not failed:
-            break
-    else:
-        pivot = float(torch.linalg.eigvalsh(C_p)[0])
-        raise FoLoRAError(
-            f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage"
-        )
-
-    eigenvalues, V = reduced(L, C_t)
-    d = V.shape[0]
-    scale = math.sqrt(d) / V.norm()  # c = √(d / tr C_p⁻¹), since ‖V‖² = tr C_p⁻¹
-    residual = (C_t @ V - C_p @ V * eigenvalues).norm() / (C_t @ V).norm()
-    orthonormality = (V.mT @ C_p @ V - torch.eye(d, dtype=V.dtype, device=V.device)).abs().max()
-    penalty_spectrum = torch.linalg.eigvalsh(normalise(penalty)).clamp_min(0)
-    health = {
-        "width": d,
-        "shrinkage": ridge,
-        "residual": float(residual),
-        "orthonormality": float(orthonormality),
-        "condition": float(((1 - ridge) * penalty_spectrum[-1] + ridge) / ((1 - ridge) * penalty_spectrum[0] + ridge)),
-        "top_share": float(penalty_spectrum[-1] / d),
-        "penalty_rank": effective_rank(penalty_spectrum),
-        "utility_rank": effective_rank(torch.linalg.eigvalsh(C_t).clamp_min(0)),
-    }
-    return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
+            return C_p, L, ridge
+    pivot = float(torch.linalg.eigvalsh(C_p)[0])
+    raise FoLoRAError(
+        f"{name}: the penalty is not positive definite (smallest eigenvalue {pivot:.1e}): raise spectrum.shrinkage"
+    )
 
 
 def reduced(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
     """λ (d,), ascending, and V (d, d) of C_t V = C_p V Λ with Vᵀ C_p V = I, given the factor of C_p = L Lᵀ."""
-    half = torch.linalg.solve_triangular(L, C_t, upper=False)
-    M = torch.linalg.solve_triangular(L, half.mT, upper=False)
-    eigenvalues, U = torch.linalg.eigh((M + M.mT) / 2)
+    M = torch.linalg.solve_triangular(L, C_t, upper=False)
+    M = torch.linalg.solve_triangular(L, M.mT, upper=False)
+    eigenvalues, U = torch.linalg.eigh(M)  # reads one triangle, so M need not be symmetric to the last bit
     return eigenvalues, torch.linalg.solve_triangular(L.mT, U, upper=True)
 
 
-def effective_rank(spectrum: Tensor) -> float:
-    """Exponential of the entropy of a non-negative spectrum: d for a flat one, 1 for a single direction."""
-    share = spectrum / spectrum.sum()
-    return float(torch.exp(-torch.xlogy(share, share).sum()))
+def krylov_columns(directions: int) -> int:
+    """Width of the Krylov basis in which ``leading`` looks for so many directions."""
+    return math.ceil(KRYLOV_SHARE * directions / KRYLOV_BLOCK + 1) * KRYLOV_BLOCK
+
+
+def leading(L: Tensor, C_t: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The greatest λ and their directions, by block Lanczos with full reorthogonalisation.
+
+    Golub and Underwood (1977), on M = L⁻¹ C_t L⁻ᵀ, which is applied and never formed.
+
+    Args:
+        L: (d, d), Cholesky factor of C_p.
+        C_t: (d, d).
+        count: q.
+
+    Returns:
+        λ (q,), ascending; V (d, q) with Vᵀ C_p V = I; and a bound on the λ of all other directions: the next
+        Ritz value plus the norm of its residual.
+    """
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(len(L), KRYLOV_BLOCK, dtype=L.dtype, generator=generator).to(L.device)
+    basis = L.new_zeros(len(L), krylov_columns(count))
+    images = torch.zeros_like(basis)  # M times the basis
+    for start in range(0, basis.shape[1], KRYLOV_BLOCK):
+        for _ in range(2):  # once more after scaling: where the Krylov space is exhausted, only noise is left
+            block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+        basis[:, start : start + KRYLOV_BLOCK] = block
+        block = torch.linalg.solve_triangular(L.mT, block, upper=True)
+        block = torch.linalg.solve_triangular(L, C_t @ block, upper=False)
+        images[:, start : start + KRYLOV_BLOCK] = block
+    ritz, coefficients = torch.linalg.eigh(basis.mT @ images)
+    beyond = coefficients[:, -count - 1]
+    left_out = ritz[-count - 1] + (images @ beyond - ritz[-count - 1] * (basis @ beyond)).norm()
+    V = torch.linalg.solve_triangular(L.mT, basis @ coefficients[:, -count:], upper=True)
+    return ritz[-count:], V, left_out
+
+
+def estimated_inverse_trace(L: Tensor) -> Tensor:
+    """The trace of C_p⁻¹, E‖L⁻¹ z‖² over 64 vectors z of random signs (Hutchinson 1990), within a few per cent."""
+    signs = torch.randint(0, 2, (len(L), 64), generator=torch.Generator().manual_seed(0)).to(L) * 2 - 1
+    return torch.linalg.solve_triangular(L, signs, upper=False).square().sum() / signs.shape[1]
+
+
+def extreme_eigenvalues(C: Tensor, L: Tensor) -> tuple[float, float]:
+    """The greatest and the smallest eigenvalue of C = L Lᵀ, by power iteration with C and with its inverse."""
+    start = torch.randn(len(C), 1, dtype=C.dtype, generator=torch.Generator().manual_seed(0)).to(C.device)
+    largest = smallest = start
+    for _ in range(POWER_STEPS):
+        largest = C @ (largest / largest.norm())
+        half = torch.linalg.solve_triangular(L, smallest / smallest.norm(), upper=False)
+        smallest = torch.linalg.solve_triangular(L.mT, half, upper=True)
+    return float(largest.norm()), 1 / float(smallest.norm())
+
+
+def effective_rank(moment: Tensor) -> float:
+    """Participation ratio (tr C)² / ‖C‖_F² of the eigenvalues: d for a flat spectrum, 1 for a single direction."""
+    return float(moment.trace() ** 2 / moment.square().sum())

@@ -12,7 +12,7 @@ import torch
 
 from folora.deltas import LayerGroup
 from folora.optimizer import Coordinates
-from folora.pencil import layer_spectrum, solve
+from folora.pencil import directions_of, layer_spectrum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +25,13 @@ if TYPE_CHECKING:
 
 
 def carry_over(optimizer: Any, parameters: list[Tensor], old: Tensor | None, new: Tensor | None) -> None:
-    """Make the mean of the gradients G V_old that of G V_new, for parameters that share (d, d) bases."""
+    """Make the mean of the gradients G V_old that of G V_new, for parameters that share (d, q) bases.
+
+    Exact for q = d; of fewer directions, what both spans have in common is carried over.
+    """
     if old is None or new is None:
         return
-    transport = torch.linalg.solve(old.double(), new.double()).float()
+    transport = torch.linalg.lstsq(old.double(), new.double()).solution.float()
     for state in (optimizer.state.get(parameter) for parameter in parameters):
         if state:
             state["exp_avg"] = state["exp_avg"] @ transport
@@ -64,6 +67,7 @@ class UtilityRefresh:
             shrinkage=old.shrinkage,
             proxy_tokens=old.proxy_tokens,
             proxy_fourth=old.proxy_fourth,
+            directions=len(old.eigenvalues),
             name=name,
         )
 
@@ -75,25 +79,36 @@ class ColumnGates:
     coordinates for B's columns as well.
     """
 
-    def __init__(self, method: FoLoRA, pairs: list[tuple[LoRALayer, LayerGroup]], first: int) -> None:
-        self._method, self._pairs, self._first = method, pairs, first
+    def __init__(self, method: FoLoRA, groups: list[LayerGroup], first: int) -> None:
+        """Prepare to refresh.
+
+        Args:
+            method: says how often, and how.
+            groups: the adapted layers.
+            first: place of the first layer's B among the parameter groups; the others follow in order.
+        """
+        self._method, self._groups, self._first = method, groups, first
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
         if optimizer.steps % self._method.refresh_b == 0:
-            for position, (layer, group) in enumerate(self._pairs):
-                self._refresh(optimizer, self._first + position, layer, group)
+            position = self._first
+            for group in self._groups:
+                penalty, utility = self._method.moments(group)
+                for layer in group.layers:
+                    self._refresh(optimizer, position, layer, penalty, utility)
+                    position += 1
 
-    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, group: LayerGroup) -> None:
-        penalty, utility = self._method.moments(group)
+    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> None:
         A = layer.A.double()
+        seen_penalty, seen_utility = A @ penalty, A @ utility  # (r, d)
         if self._method.gate_b == "diag":
-            rows = (A @ utility * A).sum(1) / (A @ penalty * A).sum(1)
+            rows = (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
             optimizer.turn(position, Coordinates(gate=self._method.gates_of(rows).float()))
             return
-        penalty, utility = A @ penalty @ A.mT, A @ utility @ A.mT
-        pencil = solve(penalty, utility, shrinkage=1e-6, name=layer.name)
-        eigenvalues = pencil.eigenvalues * (utility.trace() / penalty.trace())  # solve takes both traces out
-        carry_over(optimizer, [layer.B], optimizer.coordinates[position].basis, pencil.basis)
+        penalty, utility = seen_penalty @ A.mT, seen_utility @ A.mT
+        eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=layer.name)
+        eigenvalues = eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out
+        carry_over(optimizer, [layer.B], optimizer.coordinates[position].basis, basis)
         gates = self._method.gates_of(eigenvalues).float()
-        optimizer.turn(position, Coordinates(basis=pencil.basis.float(), gate=gates))
+        optimizer.turn(position, Coordinates(basis=basis.float(), gate=gates))

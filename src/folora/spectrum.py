@@ -1,7 +1,7 @@
 """The spectrum stage: solve the pencil of every layer input, and read the result back for training.
 
-Artefact tensors, for each layer input named after its first layer: ``NAME.basis`` (d, d) float32, the columns of V̂;
-``NAME.eigenvalues`` (d,) float64; ``NAME.penalty`` and ``NAME.utility`` (d, d) float32, the raw second moments.
+Artefact tensors, for each layer input named after its first layer: ``NAME.basis`` (d, q) float32, the columns of V̂;
+``NAME.eigenvalues`` (q,) float64; ``NAME.penalty`` and ``NAME.utility`` (d, d) float32, the raw second moments.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def compute_spectrum(
         task_rows=params.covariance.task_rows,
         groups=groups,
     )
-    spectrum = solve_spectrum(proxy, target, groups, params.spectrum.shrinkage)
+    spectrum = solve_spectrum(proxy, target, groups, **params.spectrum.model_dump())
     tensors = {f"{name}.{field}": getattr(one, field) for name, one in spectrum.inputs.items() for field in STORED}
     health = {name: {**one.health, "proxy_fourth": one.proxy_fourth} for name, one in spectrum.inputs.items()}
     manifest = {

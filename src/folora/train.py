@@ -204,7 +204,8 @@ class ObjectiveTrainer(ResumableTrainer):
 
     def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
         """Add the gradient of one batch, micro-batch by micro-batch; returns its loss."""
-        model.train()
+        if not model.training:  # to say so to every module takes longer than the update of an adapter
+            model.train()
         losses = []
         for part in self._objective.parts(model, self._prepare_inputs(inputs)):
             self.accelerator.backward(part)

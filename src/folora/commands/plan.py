@@ -17,6 +17,7 @@ import psutil
 
 from folora.coverage import Covered, coverage
 from folora.params import OfflineFoundation
+from folora.pencil import krylov_columns
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from folora.params import Params, Run
 
 OVERHEAD = 3.0  # assumed, not measured: what small products and all between them cost beyond the large ones
-EIGENPROBLEM = 30  # operations per d³: Cholesky, three triangular solves, eigh, two spectra for the health record
+EIGENPROBLEM = 13  # operations per d³: Cholesky, three triangular solves, eigh
 SINGLE, DOUBLE = 4, 8  # bytes of a number
 LIBRARIES = 6e8  # bytes of a process that has loaded them and no model
 
@@ -59,6 +60,10 @@ class Shape:
     def squares(self) -> int:
         """Σ d² over the layer inputs."""
         return sum(d * d for d in self.inputs)
+
+    def spectrum_size(self, directions: int | None) -> int:
+        """Numbers in the bases and moments of the layer inputs."""
+        return 2 * self.squares + sum(d * min(d, directions or d) for d in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def make_plan(params: Params) -> Plan:
     model = empty_model(params)
     shape, covered = shape_of(model, params)
     stages = plan_stages(params, shape, _speed("float32"), _speed("float64"))
-    return Plan(covered, stages, _warnings(stages, shape))
+    return Plan(covered, stages, _warnings(stages, shape) + _truncated(shape, params.spectrum.directions))
 
 
 def empty_model(params: Params) -> PreTrainedModel:
@@ -184,7 +189,7 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     counted = sampled + sum(rows[name] * length[name] for name in rows)  # of all rows only the data set knows
 
     forward, moments = 2.0 * shape.parameters, DOUBLE * shape.squares
-    spectrum, scores = 3 * SINGLE * shape.squares, SINGLE * shape.vocabulary
+    spectrum, scores = SINGLE * shape.spectrum_size(params.spectrum.directions), SINGLE * shape.vocabulary
     hidden = SINGLE * (6 * shape.width + 3 * shape.intermediate)  # of a token within one block
     factors = SINGLE * params.adapter.rank * sum(m + d for m, d in shape.layers)
     passes = [_pass_tokens(params, run, length[run.task]) for run in params.runs.values()]
@@ -195,8 +200,8 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     reading = params.covariance.batch_size * max(proxy.max_length, *length.values()) * hidden
     measuring = 3 * scores * min(params.evaluation.batch_size, proxy.heldout_sequences) * proxy.max_length
     training = shape.size + spectrum + 4 * factors + max(passes) * (hidden * kept + inputs + 4 * scores) + measuring
-    solving = 3 * moments + 8 * DOUBLE * max(shape.inputs) ** 2
-    cubes = float(sum(d**3 for d in shape.inputs))
+    pencils = [pencil_cost(d, params.spectrum.directions) for d in shape.inputs]
+    solving = 3 * moments + max(memory for _, memory in pencils)
     saved = (train.checkpoints + 1) * factors
 
     def stage(name: str, jobs: int, tokens: int, memory: float, disk: float, operations: float) -> StagePlan:
@@ -215,7 +220,7 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             (shards + tasks) * moments,
             (forward + 2 * shape.squares) * counted,
         ),
-        stage("spectrum", solved, 0, solving, solved * spectrum, solved * EIGENPROBLEM * cubes),
+        stage("spectrum", solved, 0, solving, solved * spectrum, solved * sum(operations for operations, _ in pencils)),
         stage(
             "train",
             len(steps),
@@ -225,6 +230,14 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             (2 + train.gradient_checkpointing) * forward * trained,
         ),
     ]
+
+
+def pencil_cost(d: int, directions: int | None) -> tuple[float, float]:
+    """Operations of solving a pencil of width d for so many directions, and bytes of memory beside its moments."""
+    if directions is None or krylov_columns(directions) >= d:
+        return EIGENPROBLEM * float(d) ** 3, 8.0 * DOUBLE * d**2
+    columns = krylov_columns(directions)
+    return d**3 / 3 + 4.0 * d**2 * columns + 8.0 * d * columns**2, 3.0 * DOUBLE * (d**2 + d * columns)
 
 
 def _step_tokens(params: Params, run: Run, length: int) -> int:
@@ -269,6 +282,19 @@ def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
         wide = f"{share:.0%} of it for {shape.inputs.count(widest)} inputs of width {widest:,}"
         found.append(
             f"second moments take {_bytes(moments)}, {wide}: adapter.target_modules may leave these layers out"
+        )
+    return found
+
+
+def _truncated(shape: Shape, directions: int | None) -> list[str]:
+    """Which layer inputs keep some of their directions only, and what that saves."""
+    found = []
+    for d in sorted({d for d in shape.inputs if directions and directions < d}):
+        (some, less), (all_, memory) = pencil_cost(d, directions), pencil_cost(d, None)
+        saved = f"{some / all_:.0%} of the operations and {_bytes(less)} instead of {_bytes(memory)} of all {d:,}"
+        found.append(
+            f"spectrum.directions: {shape.inputs.count(d)} inputs of width {d:,} keep the {directions} directions with "
+            f"the greatest λ, {saved}; the others are shut"
         )
     return found
 

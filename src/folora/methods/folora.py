@@ -53,12 +53,12 @@ class SpectralMethod(GatedMethod):
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def basis_for(self, group: LayerGroup) -> Tensor:
-        """(d, d) float32: the coordinates of A."""
+        """(d, q) float32: the coordinates of A."""
         return group.spectrum.basis
 
     def gates_for(self, group: LayerGroup) -> Tensor:
-        """(d,) float32 gates of those coordinates."""
-        return self.gates_of(group.spectrum.eigenvalues).float()
+        """(d,) float32 gates of all directions, ascending; those of the basis are the last."""
+        return self.gates_of(group.spectrum.every_eigenvalue).float()
 
     def gates_of(self, eigenvalues: Tensor) -> Tensor:
         """Gates of any λ, in float64."""
@@ -74,7 +74,8 @@ class SpectralMethod(GatedMethod):
         return soft_gate(eigenvalues, tau=tau, **shape)
 
     def coordinates(self, group: LayerGroup) -> dict[str, Any]:
-        return {"basis": self.basis_for(group), "gate": self.gates_for(group)}
+        basis = self.basis_for(group)
+        return {"basis": basis, "gate": self.gates_for(group)[-basis.shape[1] :]}
 
 
 class FoLoRA(SpectralMethod):
@@ -137,7 +138,7 @@ class FoLoRA(SpectralMethod):
 
     def gates_for(self, group: LayerGroup) -> Tensor:
         if self.shrinkage is None and self.basis in ("generalised", "random"):
-            return self.gates_of(group.spectrum.eigenvalues).float()
+            return super().gates_for(group)
         from folora.directions import directions, quotients
 
         penalty, utility = self.moments(group)
@@ -173,13 +174,14 @@ class FoLoRA(SpectralMethod):
                 layer.A.requires_grad_(not self.freeze_a)
 
     def noise(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
-        return self.basis_for(group), self.gates_for(group)
+        coordinates = super().coordinates(group)
+        return coordinates["basis"], coordinates["gate"]
 
     def coordinates(self, group: LayerGroup) -> dict[str, Any]:
         if not self.gate_a:
             return {}
         if self.form == "filter":
-            basis, gates = self.basis_for(group).double(), self.gates_for(group).double()
+            basis, gates = (part.double() for part in self.noise(group))
             return {"filter": update_filter(self.moments(group)[0], basis, gates).float()}
         return {**super().coordinates(group), "gate_gradient": self.gate_on == "gradient"}
 
@@ -195,9 +197,8 @@ class FoLoRA(SpectralMethod):
         if self.refresh_utility is not None:
             optimizer.register_step_pre_hook(UtilityRefresh(self, adapted))
         if self.gate_b != "off":
-            pairs = [(layer, group) for group in adapted.groups for layer in group.layers]
-            first = len(optimizer.coordinates) - len(pairs)
-            optimizer.register_step_pre_hook(ColumnGates(self, pairs, first))
+            first = len(optimizer.coordinates) - len(adapted.layers)
+            optimizer.register_step_pre_hook(ColumnGates(self, adapted.groups, first))
         return optimizer
 
 

@@ -49,7 +49,7 @@ def gated_start(A: Tensor, directions: Tensor, weights: Tensor) -> None:
 
     Args:
         A: (r, d) parameter.
-        directions: (d, n) V̂.
+        directions: (d, n) V̂, n ≤ d.
         weights: (n,) g.
     """
     import torch

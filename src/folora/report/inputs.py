@@ -139,7 +139,12 @@ def read_spectrum(path: Path) -> Spectrum:
     try:
         with safe_open(require(path), framework="np") as file:
             manifest = tensor_manifest(file, path, artefact="spectrum")
-            return Spectrum(manifest, {name: file.get_tensor(f"{name}.eigenvalues") for name in manifest["groups"]})
+            eigenvalues = {}
+            for name in manifest["groups"]:
+                found = file.get_tensor(f"{name}.eigenvalues")
+                left_out = manifest["health"][name]["width"] - len(found)
+                eigenvalues[name] = np.concatenate([np.zeros(left_out), found])
+            return Spectrum(manifest, eigenvalues)
     except SafetensorError as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
 

@@ -81,9 +81,11 @@ def health_note(spectrum: Spectrum) -> str:
     worst = {
         name: max(one[name] for one in health) for name in ("residual", "orthonormality", "condition", "top_share")
     }
+    left_out = max(one["left_out"] for one in health)
+    shut = f" The directions that were left out have a λ of at most {left_out:.2g}, and are shut." if left_out else ""
     return (
         f"{len(health)} layer inputs, moments of {spectrum.manifest['proxy_tokens']:,} proxy and "
         f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {worst['residual']:.0e}, "
         f"deviation from orthonormality {worst['orthonormality']:.0e}, condition {worst['condition']:.0e}; "
-        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}."
+        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}.{shut}"
     )
