@@ -46,7 +46,7 @@ class Moments:
 
 
 class Collector:
-    """Accumulates moments while a model runs; see ``collect``."""
+    """Accumulates moments while a model runs; see ``collect``. Until ``finish`` the sums lack their upper half."""
 
     def __init__(self, layers: dict[str, nn.Linear]) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(layers.values())).weight.device)
@@ -55,10 +55,11 @@ class Collector:
             fourths={name: zero.clone() for name in layers},
         )
         self._selected: Tensor | None = None
+        self._all_selected = False
 
     def select(self, mask: Tensor) -> None:
         """Say which tokens of the next forward pass count: (batch, length) of bool."""
-        self._selected = mask
+        self._selected, self._all_selected = mask, bool(mask.all())
         self.moments.tokens += int(mask.sum())
 
     def hook(self, name: str) -> Hook:
@@ -67,11 +68,31 @@ class Collector:
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach()
             assert self._selected is not None, "select(mask) comes before the forward pass"
-            x = x.reshape(-1, x.shape[-1])[self._selected.reshape(-1)].float()
-            self.moments.sums[name] += x.mT @ x
+            x = x.reshape(-1, x.shape[-1])
+            if not self._all_selected:
+                x = x[self._selected.reshape(-1)]
+            x = x.float()
+            total = self.moments.sums[name]
+            for rows in _row_blocks(
+                total
+            ):  # x xᵀ is symmetric: what lies right of its diagonal blocks is mirrored later
+                total[rows, : rows.stop] += x[:, rows].mT @ x[:, : rows.stop]
             self.moments.fourths[name] += x.square().sum(1).double().square().sum()
 
         return add
+
+    def finish(self) -> None:
+        """Make the sums whole, once every batch has been read."""
+        for total in self.moments.sums.values():
+            for rows in _row_blocks(total):
+                total[: rows.start, rows] = total[rows, : rows.start].mT
+
+
+def _row_blocks(total: Tensor) -> list[slice]:
+    """Rows of a (d, d) matrix in some eight blocks, none so small that a product would not pay."""
+    d = len(total)
+    size = max(192, -(-d // 8))
+    return [slice(start, min(start + size, d)) for start in range(0, d, size)]
 
 
 @contextmanager
@@ -87,3 +108,4 @@ def collect(layers: dict[str, nn.Linear]) -> Iterator[Collector]:
     collector = Collector(layers)
     with hooked(layers, collector.hook):
         yield collector
+    collector.finish()

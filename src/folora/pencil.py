@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
 CHECKED = 64  # directions of a solution whose residual is taken: to check all would cost as much as to solve
-POWER_STEPS = 30  # of the power iteration for the extreme eigenvalues of the penalty; a few per cent are enough
+POWER_STEPS = 15  # of the power iteration for the extreme eigenvalues of the penalty; some per cent are enough
 KRYLOV_BLOCK = 64
 KRYLOV_SHARE = 2.5  # columns of the Krylov basis for each direction that is asked for
 

@@ -1,0 +1,91 @@
+"""How long both runners take to see that nothing is to do, and how that grows with the number of stages.
+
+The stages have run as far as DVC knows: their outputs are small files that it was told to take for results.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from bench import Row, alternate, main
+from ruamel.yaml import YAML
+
+from folora.dag import is_folder, resolve_stages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parent.parent
+RUNNERS = {"dvc repro": ["dvc", "repro"], "snakemake -n": ["snakemake", "-n", "--quiet"]}
+BOUNDS = {"dvc repro": 5.0, "snakemake -n": 8.0}  # seconds, on the default preset
+STAGES_BESIDE_RUNS = 20  # of the default preset, about
+
+
+def rows(size: str, repeats: int) -> Iterator[Row]:
+    """Time a second run of workspaces with more and more runs."""
+    seconds: dict[str, dict[int, list[float]]] = {name: {} for name in RUNNERS}
+    for count in (None, 10, 100, 1000) if size == "full" else (None,):
+        with tempfile.TemporaryDirectory() as folder:
+            workspace = Path(folder) / "workspace"
+            stages = make_workspace(workspace, count)
+            for name, command in RUNNERS.items():
+                times = alternate(repeats if stages < 500 else 1, partial(run, workspace, *command))[0]
+                seconds[name][stages] = times
+    for name, of_stages in seconds.items():
+        (default, times), *grown = of_stages.items()
+        bound = [BOUNDS[name]]
+        yield Row(
+            f"{name}, nothing to do", "seconds that were set", f"default preset, {default} stages", "within 1",
+            median(times) <= bound[0], median(times) / bound[0], times, bound,
+            "; ".join(f"{stages:,} stages: {median(more):.1f} s" for stages, more in grown),
+        )  # fmt: skip
+
+
+def make_workspace(workspace: Path, runs: int | None) -> int:
+    """A workspace with so many runs (None: those of the default preset), all of them done; returns its stages."""
+    files = ["Snakefile", "dvc.yaml", "params.yaml", "profiles", "workflow", "src"]
+    workspace.mkdir()
+    for name in files:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    yaml = YAML()
+    params: dict[str, Any] = yaml.load(workspace / "params.yaml")
+    if runs is not None:
+        first = dict(next(iter(params["runs"].values())))
+        others = {name: params["methods"].pop(name) for name in list(params["methods"]) if name != first["method"]}
+        assert others, "the default preset compares methods"
+        params["runs"] = {f"r{number}": first | {"seed": number} for number in range(runs)}
+        params["report"]["reference"] = first["method"]
+        yaml.dump(params, workspace / "params.yaml")
+    run(workspace, "git", "init", "--quiet")
+    run(workspace, "dvc", "init", "--quiet")
+    stages = resolve_stages(workspace)
+    for stage in stages.values():
+        for name in stage.outputs:
+            write(workspace / name / "made" if is_folder(name) else workspace / name)
+    for task in params["tasks"].values():
+        write(workspace / task["dataset"] / "made")
+    run(workspace, "dvc", "commit", "--force")
+    return len(stages)
+
+
+def write(path: Path) -> None:
+    """Write a small file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("made")
+
+
+def run(workspace: Path, *command: str) -> None:
+    """Run a command that must succeed."""
+    result = subprocess.run(command, cwd=workspace, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}: {result.stdout}{result.stderr}"
+
+
+if __name__ == "__main__":
+    main(rows)

@@ -1,0 +1,58 @@
+"""The table of docs/performance.md, from the records of the benchmarks.
+
+python benchmarks/table.py RESULTS [--write docs/performance.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench import Row, spread
+
+BEGIN, END = "<!-- made by benchmarks/table.py: begin -->", "<!-- end -->"
+ORDER = ("moments", "spectrum", "truncated", "training_step", "sampling", "start", "nothing_to_do")
+HEAD = ["what", "peer or limit", "work", "ours", "peer", "ratio", "asked", ""]
+
+
+def main() -> None:
+    """Print the table, or put it between the marks of a page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="folder of the records")
+    parser.add_argument("--write", type=Path, help="page with the marks")
+    options = parser.parse_args()
+    records = [json.loads((options.results / f"{name}.json").read_text()) for name in ORDER]
+    text = "\n".join([_machine(records[0]["machine"]), "", *lines(records)])
+    if not options.write:
+        print(text)
+        return
+    page = options.write.read_text()
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+def _machine(about: dict[str, Any]) -> str:
+    memory = about["memory"] / 2**30
+    return (
+        f"Measured on {about['cores']} cores of {about['processor']}, {memory:.0f} GiB, {about['system']}, Python "
+        f"{about['python']}, torch {about['torch']}, {about['threads']} threads; median [least, greatest]."
+    )
+
+
+def lines(records: list[dict[str, Any]]) -> list[str]:
+    """Rows of Markdown."""
+    rows = [HEAD, ["---"] * len(HEAD)]
+    for record in records:
+        assert record["size"] == "full", f"{record['benchmark']}: run it with --size full"
+        for row in (Row(**one) for one in record["rows"]):
+            timed = [spread(values, row.unit) if values else "" for values in (row.ours, row.theirs)]
+            verdict = "; ".join(filter(None, ["holds" if row.holds else "**falls short**", row.note]))
+            rows.append([row.what, row.peer, row.work, *timed, f"{row.ratio:.2f}", row.required, verdict])
+    return ["| " + " | ".join(cells) + " |" for cells in rows]
+
+
+if __name__ == "__main__":
+    main()
