@@ -7,6 +7,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from folora import energy
 from folora.cli import app
 from folora.commands.cost import costs_here, write_page
 from folora.costs import LEDGER, Cost, keep_cost, read_costs
@@ -55,6 +56,30 @@ def test_the_last_cost_of_an_output_holds_and_broken_lines_are_passed_over(in_tm
         file.write('{"stage": "tra')
     steps = {name: cost.step for name, cost in read_costs().items()}
     assert steps == {f"{in_tmp}/a": 0.75, f"{in_tmp}/b": 0.25}
+
+
+def test_energy_is_kept_where_the_machine_counts_it(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", in_tmp)
+    monkeypatch.setattr(energy, "_gpus", dict)
+    assert energy.EnergyMeter().joules() is None
+    counters = [in_tmp / name / "energy_uj" for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0")]
+    for counter in counters:
+        counter.parent.mkdir()
+        counter.write_text("5000000\n")
+    meter = energy.EnergyMeter()
+    for counter in counters:
+        counter.write_text("7500000\n")
+    assert meter.joules() == 5.0  # of both packages, the part of one not counted again
+    counters[0].write_text("1\n")  # begun anew
+    assert meter.joules() is None
+
+
+def test_the_energy_of_a_stage_is_known_when_that_of_all_its_outputs_is(pipeline: Pipeline, in_tmp: Path) -> None:
+    write([Cost("task", "a", 2.0, 1.0, 100, None, 3600.0), Cost("task", "b", 2.0, 1.0, 100, None, 1800.0)])
+    (stage,), _ = costs_here(pipeline.params, in_tmp)
+    assert stage.cells()[-1] == "1.5 Wh"
+    keep_cost("task", in_tmp / "c")
+    assert costs_here(pipeline.params, in_tmp)[0][0].cells()[-1] == "–"
 
 
 def test_methods_are_set_against_the_reference(pipeline: Pipeline, in_tmp: Path) -> None:

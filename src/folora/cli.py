@@ -19,6 +19,7 @@ import typer
 from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
 from folora.commands.cli import app as commands
 from folora.costs import keep_cost
+from folora.energy import EnergyMeter
 from folora.errors import FoLoRAError, redacted
 from folora.hold import hold
 
@@ -52,9 +53,10 @@ def stage(command: Callable[..., float | None]) -> Callable[..., None]:
 
     @wraps(command)
     def measured(**options: Any) -> None:
+        meter = EnergyMeter()
         with HELD:
             step = command(**options)
-        keep_cost(command.__name__.replace("_", "-"), options["output"], step)
+        keep_cost(command.__name__.replace("_", "-"), options["output"], step, meter.joules())
 
     return app.command(rich_help_panel="Stages")(measured)
 

@@ -20,15 +20,16 @@ MEBIBYTE = 2**20
 
 @dataclass(frozen=True)
 class StageCost:
-    """All outputs of one stage together: seconds of wall and processor time, and the greatest memory in bytes."""
+    """All outputs of one stage together: wall and processor seconds, the greatest memory in bytes, joules if known."""
 
-    HEAD: ClassVar = ["stage", "outputs", "wall", "processor", "memory"]
+    HEAD: ClassVar = ["stage", "outputs", "wall", "processor", "memory", "energy"]
 
     stage: str
     outputs: int
     wall: float
     cpu: float
     peak: int
+    energy: float | None
 
     def cells(self) -> list[str]:
         """Cells of a table."""
@@ -38,6 +39,7 @@ class StageCost:
             f"{self.wall:.0f} s",
             f"{self.cpu:.0f} s",
             f"{self.peak / MEBIBYTE:.0f} MiB",
+            "–" if self.energy is None else f"{self.energy / 3600:.2g} Wh",
         ]
 
 
@@ -94,10 +96,13 @@ def _of_stages(costs: dict[str, Cost]) -> list[StageCost]:
     stages: dict[str, list[Cost]] = {}
     for cost in costs.values():
         stages.setdefault(cost.stage, []).append(cost)
-    return [
-        StageCost(name, len(each), sum(c.wall for c in each), sum(c.cpu for c in each), max(c.peak for c in each))
-        for name, each in stages.items()
-    ]
+    found = []
+    for name, each in stages.items():
+        counted = [c.energy for c in each if c.energy is not None]
+        energy = sum(counted) if len(counted) == len(each) else None
+        wall, cpu = sum(c.wall for c in each), sum(c.cpu for c in each)
+        found.append(StageCost(name, len(each), wall, cpu, max(c.peak for c in each), energy))
+    return found
 
 
 def _of_methods(params: Params, costs: dict[str, Cost], runs: Path) -> list[MethodCost]:
