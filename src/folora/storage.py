@@ -10,24 +10,27 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from contextlib import contextmanager, suppress
 from glob import escape
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import pyarrow as pa
+    from pydantic import BaseModel
     from torch import Tensor
 
 Manifest = dict[str, Any]
+M = TypeVar("M", bound="BaseModel")
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -180,8 +183,22 @@ def check_fields(path: Path, manifest: Manifest, **expected: Any) -> None:
             )
 
 
+def fields_of(path: Path, model: type[M], manifest: Manifest) -> M:
+    """The fields of a manifest that a reader uses, of the types that it relies on.
+
+    Raises:
+        FoLoRAError: a field is missing or not of its type.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(manifest)
+    except ValidationError as error:
+        raise FoLoRAError(f"{path}: {describe(error)}: delete it and run its stage again") from error
+
+
 def _short(value: Any) -> str:
-    text = str(value)
+    text = value if isinstance(value, str) else reprlib.repr(value)  # which bounds depth, too
     return text if len(text) <= 60 else f"{text[:12]}…"
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from folora.comparison import BASE
 from folora.errors import FoLoRAError
+from folora.health import SpectrumManifest
 from folora.paired import BASE_CHECKPOINT
 from folora.storage import (
     ANSWERS_FILE,
@@ -17,6 +18,7 @@ from folora.storage import (
     TOKENS_FILE,
     check_manifest,
     digest_of_file,
+    fields_of,
     read_json,
     read_table,
     require,
@@ -29,15 +31,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from folora.comparison import Checkpoint, Record
+    from folora.health import HealthRecord
     from folora.paired import Answers
     from folora.params import Params
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One artefact of the spectrum stage: its manifest, and λ (d,) of every layer input, ascending."""
+    """One artefact of the spectrum stage: its manifest, and health and λ (d,) of every layer input, ascending."""
 
     manifest: Record
+    health: dict[str, HealthRecord]
     eigenvalues: dict[str, NDArray[np.float64]]
 
 
@@ -131,6 +135,8 @@ def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
 def read_spectrum(path: Path) -> Spectrum:
     """Read the eigenvalues and the manifest of a spectrum, and none of its matrices.
 
+    Health beyond its limits is no error here: the page is to show it.
+
     Raises:
         FoLoRAError: missing, damaged, or another artefact.
     """
@@ -139,7 +145,8 @@ def read_spectrum(path: Path) -> Spectrum:
     try:
         with safe_open(require(path), framework="np") as file:
             manifest = tensor_manifest(file, path, artefact="spectrum")
-            return Spectrum(manifest, {name: file.get_tensor(f"{name}.eigenvalues") for name in manifest["groups"]})
+            health = fields_of(path, SpectrumManifest, manifest).health
+            return Spectrum(manifest, health, {name: file.get_tensor(f"{name}.eigenvalues") for name in health})
     except SafetensorError as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
 

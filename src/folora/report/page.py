@@ -12,7 +12,7 @@ from folora.report import text
 from folora.report.answers import side_by_side
 from folora.report.drift import at_best_cells, drift_cells
 from folora.report.figures import styled
-from folora.report.spectra import gated_method, health_cells, health_note, health_rows
+from folora.report.spectra import gated_method, health_alarms, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
 from folora.serving import PEFT_CONFIG, usage_of
 from folora.significance import RESAMPLES
@@ -108,6 +108,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         spectrum, (_, gated) = inputs.spectra[study.name], gated_method(params)
         content["health"] = health_cells(health_rows(spectrum, gated))
         content["health_note"] = health_note(spectrum)
+        content["health_alarms"] = health_alarms(spectrum)
     return content
 
 
