@@ -190,8 +190,8 @@ def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> 
             tokens=about.tokens,
         )
         for name in about.groups:
-            if problem := _problem(shard.sums[name], shard.fourths[name], shard.tokens):
-                raise FoLoRAError(f"{path}: {name}: {problem}: delete it and run its stage again")
+            if found := defect(shard.sums[name], shard.fourths[name], shard.tokens):
+                raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
         if total is None:
             total, groups = shard, about.groups
             expected |= {"positions": about.positions, "groups": groups}
@@ -201,7 +201,7 @@ def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> 
     return total, groups
 
 
-def _problem(total: Tensor, fourth: Tensor, tokens: int) -> str | None:
+def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:
     """Why a matrix cannot be Σ x xᵀ over so many tokens with this Σ ‖x‖⁴, as far as a look at its entries shows.
 
     A smaller eigenvalue than zero that its entries hide is found by the pencil.

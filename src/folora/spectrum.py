@@ -99,8 +99,8 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
         for name, record in about.health.items()
     }
     for name, one in inputs.items():
-        if problem := _problem(one):
-            raise FoLoRAError(f"{path}: {name}: {problem}: delete it and run its stage again")
+        if found := defect(one):
+            raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
     return Spectrum(inputs, about.groups)
 
 
@@ -109,7 +109,7 @@ def _refuse_breaches(path: Path, health: dict[str, HealthRecord]) -> None:
         raise FoLoRAError(f"{path}: {found[0]}: raise spectrum.shrinkage")
 
 
-def _problem(one: LayerSpectrum) -> str | None:
+def defect(one: LayerSpectrum) -> str | None:
     """What is wrong with the tensors of a layer input, as far as ``SAMPLED`` of its directions show."""
     d: int = one.health["width"]
     matrices = (one.basis, one.penalty, one.utility)
