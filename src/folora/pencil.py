@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from folora.shrinkage import ShrinkageName
 
 RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried before the solver gives up
+STORED = torch.finfo(torch.float32)  # what a moment is kept as
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,11 @@ def solve_spectrum(proxy: Moments, task: Moments, groups: Groups, shrinkage: flo
         shrinkage: share of the identity that the penalty is mixed with, or how it is estimated.
 
     Raises:
-        FoLoRAError: a moment is not finite or has no energy, or a penalty stays indefinite.
+        FoLoRAError: a moment is of no token, not finite or has no energy, or a penalty stays indefinite.
     """
+    for side, moments in (("penalty", proxy), ("utility", task)):
+        if not moments.tokens:
+            raise FoLoRAError(f"the {side} moments are of no token: check the text that they were taken over")
     inputs = {
         name: layer_spectrum(
             proxy.mean(name),
@@ -136,6 +140,8 @@ def layer_spectrum(
 ) -> LayerSpectrum:
     """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``."""
     if isinstance(shrinkage, str):
+        if not math.isfinite(proxy_fourth):
+            raise FoLoRAError(f"{name}: the mean of ‖x‖⁴ is not finite: give spectrum.shrinkage as a number")
         shrinkage = shrinkage_of(shrinkage, penalty, proxy_fourth, proxy_tokens)
     pencil = solve(penalty, utility, shrinkage=shrinkage, name=name)
     return LayerSpectrum(
@@ -176,14 +182,14 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> P
         of the trace, the condition of the ridged penalty and the shrinkage that was used.
 
     Raises:
-        FoLoRAError: a moment is not finite or has no energy, or the penalty stays indefinite with 100 times the ridge.
+        FoLoRAError: a moment is not finite or has no energy that float32 can hold, or the penalty stays indefinite with
+            100 times the ridge.
     """
     penalty, utility = penalty.double(), utility.double()
     for side, moment in (("penalty", penalty), ("utility", utility)):
-        if not torch.isfinite(moment).all() or moment.trace() <= 0:
-            raise FoLoRAError(
-                f"{name}: the {side} moment is not finite or zero: check the data and run covariance again"
-            )
+        if not STORED.tiny <= moment.abs().max() <= STORED.max or moment.trace() <= 0:
+            reason = "is zero, not finite or beyond the range of float32"
+            raise FoLoRAError(f"{name}: the {side} moment {reason}: check the data and run covariance again")
     C_t = normalise(utility)
     for factor in RIDGE_LADDER:
         ridge = min(shrinkage * factor, 0.5)
