@@ -175,7 +175,7 @@ SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "scale": (lambda t, _: t[f"{Q}.eigenvalues"].mul_(1.5), "eigenvalues are not those of its moments"),
     "basis": (lambda t, _: t[f"{Q}.basis"][:, -1].mul_(1.1), "deviates from C_p-orthonormality by"),
     "energy": (lambda t, _: t[f"{Q}.penalty"].zero_(), "a moment of it has no energy"),
-    "kind": (lambda t, _: t.update({f"{Q}.utility": t[f"{Q}.utility"].int()}), "not of floating point"),
+    "kind": (lambda t, _: t.update({f"{Q}.utility": t[f"{Q}.utility"].int()}), "not float32 or float64"),
 }
 
 

@@ -15,8 +15,10 @@ from folora.errors import FoLoRAError
 from folora.health import PRODUCTS
 from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
+from folora.proxy import PROXY_COLUMNS
 from folora.scratch import save_seconds, scratch
-from folora.storage import digest_of_file, fields_of, read_table, read_tensors, write_tensors
+from folora.storage import digest_of_file, fields_of, read_table, read_tensors, with_columns, write_tensors
+from folora.task import TASK_COLUMNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,11 +43,12 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     """
     table, manifest = read_table(rows, **base.identity)
     settings = params.covariance
-    if manifest["artefact"] == "proxy":
+    if manifest.get("artefact") == "proxy":
+        table = with_columns(rows, table, PROXY_COLUMNS)
         token_ids, loss_masks = table["token_ids"].to_pylist(), None
         positions: str = settings.proxy_positions
     else:
-        table = table.slice(0, settings.task_rows)
+        table = with_columns(rows, table, TASK_COLUMNS).slice(0, settings.task_rows)
         token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
         positions = settings.task_positions
 

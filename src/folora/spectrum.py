@@ -115,8 +115,8 @@ def defect(one: LayerSpectrum) -> str | None:
     matrices = (one.basis, one.penalty, one.utility)
     if {tuple(matrix.shape) for matrix in matrices} != {(d, d)} or tuple(one.eigenvalues.shape) != (d,):
         return f"its tensors are not of width {d}"
-    if not all(tensor.is_floating_point() for tensor in (*matrices, one.eigenvalues)):
-        return "its tensors are not of floating point"
+    if not {tensor.dtype for tensor in (*matrices, one.eigenvalues)} <= {torch.float32, torch.float64}:
+        return "its tensors are not float32 or float64"
     if one.eigenvalues[0] < 0 or (one.eigenvalues.diff() < 0).any():
         return "its eigenvalues are negative or out of order"
     traces = one.penalty.double().trace(), one.utility.double().trace()
