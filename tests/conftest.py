@@ -147,16 +147,23 @@ def pipeline(
     tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any], tiny_foundation: Path, empty_store: Path
 ) -> Pipeline:
     """Every stage before training, run once a session; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("made") / "pipeline"
+    shutil.copytree(tiny_foundation, folder)
+    uri = f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}"
+    made = make_pipeline(folder, tiny_values | {"tracking": {"experiment": "tiny", "uri": uri}})
+    gc.freeze()  # transformers' Trainer collects garbage at every start: spare it all that was imported
+    return made
+
+
+def make_pipeline(folder: Path, values: dict[str, Any]) -> Pipeline:
+    """Run every stage between foundation and training in a folder that holds the foundation and the world."""
     from folora.covariance import compute_covariance
     from folora.proxy import generate_heldout, generate_proxy
     from folora.spectrum import compute_spectrum
     from folora.task import prepare_task
 
-    folder = tmp_path_factory.mktemp("made") / "pipeline"
-    shutil.copytree(tiny_foundation, folder)
-    dataset = {"subtraction": tiny_values["tasks"]["subtraction"] | {"dataset": str(folder / "world" / "subtraction")}}
-    tracking = {"experiment": "tiny", "uri": f"sqlite:///{shutil.copy(empty_store, folder / 'mlflow.db')}"}
-    params = Params.model_validate(tiny_values | {"tasks": dataset, "tracking": tracking})
+    dataset = {"subtraction": values["tasks"]["subtraction"] | {"dataset": str(folder / "world" / "subtraction")}}
+    params = Params.model_validate(values | {"tasks": dataset})
     made = Pipeline(folder, params, open_base(folder / "foundation"))
     prepare_task(params.tasks["subtraction"], made.base, made.task)
     for shard in params.proxy.shards:
@@ -167,7 +174,6 @@ def pipeline(
     generate_heldout(params.proxy, made.base, made.heldout)
     compute_covariance(params, made.base, made.task, made.task_moments)
     compute_spectrum(params, "subtraction", "sampled", made.base, made.proxy_moments, made.task_moments, made.spectrum)
-    gc.freeze()  # transformers' Trainer collects garbage at every start: spare it all that was imported
     return made
 
 

@@ -9,9 +9,10 @@ import torch
 from folora.covariance import compute_covariance, read_moments
 from folora.errors import FoLoRAError
 from folora.layers import adapted_layers
-from folora.storage import read_table, read_tensors, write_table
+from folora.storage import read_table, read_tensors, write_table, write_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from conftest import Pipeline, Refused, SaveParams
@@ -150,3 +151,32 @@ def test_no_token_that_counts_is_an_error(pipeline: Pipeline, tmp_path: Path) ->
     with pytest.raises(FoLoRAError, match="rows: no token counts under covariance positions 'without_first'"):
         compute_covariance(params, pipeline.base, tmp_path / "rows", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+Q = "model.layers.0.self_attn.q_proj"
+SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
+    "asymmetric": (lambda t, _: t[Q][3].mul_(2), "its sum is not symmetric"),
+    "negative": (lambda t, _: t[Q].neg_(), "a sum of squares is negative"),
+    "indefinite": (lambda t, _: t[Q].fill_diagonal_(1e-3), "its sum is not positive semi-definite"),
+    "shape": (lambda t, _: t.update({Q: t[Q][:-1].clone()}), "its sum is not a square matrix"),
+    "empty": (lambda t, _: t.update({Q: t[Q][:0, :0].clone()}), "its sum is not a square matrix"),
+    "type": (lambda t, _: t.update({Q: t[Q].float()}), "its sums are not float64"),
+    "fourth": (lambda t, _: t[f"fourth/{Q}"].mul_(1e6), "its sums are not those of"),
+    "tokens": (lambda _, m: m.update(tokens=3), "its sums are not those of 3 tokens"),
+    "no tokens": (lambda _, m: m.update(tokens=0), "tokens: Input should be greater than or equal to 1 (got 0)"),
+    "text": (lambda _, m: m.update(tokens="9"), "tokens: Input should be a valid integer (got '9')"),
+    "tensor": (lambda t, _: t.pop(Q), f"lacks {Q}: delete it"),
+    "groups": (lambda _, m: m.pop("groups"), "groups: Field required"),
+}
+
+
+@pytest.mark.parametrize("sickness", SICK)
+def test_sick_moments_are_refused_and_the_layer_named(sickness: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    act, expected = SICK[sickness]
+    tensors, manifest = read_tensors(pipeline.proxy_moments / "0.safetensors")
+    act(tensors, manifest)
+    write_tensors(tmp_path / "x", tensors, manifest)
+    with pytest.raises(FoLoRAError, match=r"x: ") as refused:
+        read_moments([(tmp_path / "x", {})])
+    assert expected in str(refused.value)
+    assert sickness in ("tokens", "no tokens", "text", "groups") or Q in str(refused.value)

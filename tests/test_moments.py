@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from small import BATCH, adapt
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora.layers import adapted_layers, batches
+from folora.library import second_moments
 from folora.moments import Moments, collect
 
 if TYPE_CHECKING:
@@ -183,3 +185,24 @@ def test_hooks_go_after_an_exception(model: LlamaForCausalLM, layers: Layers) ->
     with pytest.raises(KeyboardInterrupt):
         interrupt()
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("measure", ["library", "training"])
+def test_activations_made_twice_are_counted_once(measure: str) -> None:
+    """In training, with gradient checkpointing, and between a forward pass and its backward pass."""
+    adapted = adapt("folora")
+    expected = adapted.task_moments()
+    adapted.model.train()
+    adapted.model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = adapted.model(**BATCH, labels=BATCH["input_ids"]).loss
+    if measure == "library":
+        found = second_moments(adapted.model.get_base_model(), [BATCH]).moments
+    else:
+        found = adapted.task_moments()
+    before = {name: total.clone() for name, total in found.sums.items()}
+    loss.backward()
+    assert found.tokens == expected.tokens == BATCH["input_ids"].numel()
+    for name, total in expected.sums.items():
+        own = name if measure == "training" else next(key for key in found.sums if name in key)
+        assert_close(found.sums[own], total)
+        assert torch.equal(found.sums[own], before[own])

@@ -89,7 +89,7 @@ def test_plain_loss_is_that_of_transformers(replay: int) -> None:
     )
 
 
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 4])
 @pytest.mark.parametrize("distil", [False, True])
 @pytest.mark.parametrize("mask_target", [0.0, 2.5])
 def test_micro_batches_have_the_gradient_of_the_batch(micro_batch: int, distil: bool, mask_target: float) -> None:
@@ -105,6 +105,24 @@ def test_micro_batches_have_the_gradient_of_the_batch(micro_batch: int, distil: 
     for i, expected in enumerate(gradients):
         assert_near(sum(part[i] for part in summed), expected)
     torch.testing.assert_close(sum(part.detach() for part in parts), whole.detach())
+
+
+@pytest.mark.parametrize("kind", ["lora", "folora", "dora", "full"])
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_activations_made_twice_give_the_same_gradient(kind: str, micro_batch: int | None) -> None:
+    adapted = trained(kind)
+    adapted.model.train()
+    method = method_from("m", {"kind": "lora", "replay": 2, "replay_loss": "distillation", "mask_target": 2.5})
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            adapted.model.activation_checkpointing_enable({"use_reentrant": False})
+        adapted.model.zero_grad()
+        for part in Objective(method, adapted, TASK_ROWS, micro_batch).parts(adapted.model, BATCH):
+            part.backward()
+        gradients.append([parameter.grad for parameter in adapted.trained])
+    for found, expected in zip(*gradients, strict=True):
+        assert_near(found, expected, 1e-6)
 
 
 def test_distillation_waits_for_replay() -> None:

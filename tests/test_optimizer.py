@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from folora.optimizer import GatedAdam
@@ -224,3 +226,90 @@ def test_bfloat16_parameters_resume_with_float32_moments() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+
+
+def reference(
+    starts: list[Tensor], gradients: list[list[Tensor]], group: dict[str, Any], lr: float, decay: float
+) -> list[Tensor]:
+    """The same in float64, a parameter and a step at a time; ``gradients`` holds a list a step."""
+    beta1, beta2 = group.get("betas", (0.9, 0.999))
+    eye = torch.eye(starts[0].shape[1], dtype=torch.float64)
+    V, F = (eye if group.get(name) is None else group[name].double() for name in ("basis", "filter"))
+    g = torch.ones(()) if group.get("gate") is None else group["gate"].double()
+    before, after = (g, 1) if group.get("gate_gradient") else (1, g)
+    ends = []
+    for number, start in enumerate(starts):
+        A = start.double()
+        m, v = torch.zeros_like(A), torch.zeros_like(A)
+        for step, now in enumerate(gradients, 1):
+            G = now[number].double() @ V * before
+            m = beta1 * m + (1 - beta1) * G
+            v = beta2 * v + (1 - beta2) * G**2
+            U = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + group.get("eps", 1e-8))
+            A = A * (1 - lr * decay) - lr * (U * after) @ V.T @ F
+        ends.append(A)
+    return ends
+
+
+def optimised(
+    starts: list[Tensor], gradients: list[list[Tensor]], group: dict[str, Any], lr: float, decay: float
+) -> list[Tensor]:
+    parameters = [nn.Parameter(start.clone()) for start in starts]
+    optimizer = GatedAdam([{"params": parameters} | group], lr=lr, weight_decay=decay)
+    for now in gradients:
+        for parameter, gradient in zip(parameters, now, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    return [parameter.detach().double() for parameter in parameters]
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 7),
+    rows=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    steps=st.integers(1, 8),
+    scale=st.floats(-4, 4),
+    lr=st.floats(1e-4, 0.3),
+    decay=st.sampled_from([0.0, 0.1, 1.0]),
+    betas=st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.5, 0.5)]),
+    parts=st.sets(st.sampled_from(["basis", "gate", "scalar", "gate_gradient", "filter"])),
+)
+def test_any_problem_follows_the_float64_reference(
+    seed: int,
+    width: int,
+    rows: list[int],
+    steps: int,
+    scale: float,
+    lr: float,
+    decay: float,
+    betas: tuple[float, float],
+    parts: set[str],
+) -> None:
+    gate = noise(seed, width).abs().clamp_max(1)
+    made = {
+        "basis": noise(seed + 1, width, width),
+        "gate": gate.mean() if "scalar" in parts else gate,
+        "filter": noise(seed + 2, width, width),
+        "gate_gradient": True,
+    }
+    group = {"betas": betas, "eps": 1e-4, **{name: made[name] for name in parts & made.keys()}}
+    starts = [noise(seed + 3 + number, count, width) for number, count in enumerate(rows)]
+    gradients = [
+        [10**scale * noise(seed + 100 * step + number, count, width) for number, count in enumerate(rows)]
+        for step in range(1, steps + 1)
+    ]
+    found = optimised(starts, gradients, group, lr, decay)
+    for one, expected in zip(found, reference(starts, gradients, group, lr, decay), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("decay", "tolerance"), [(0.0, 5e-5), (0.01, 1e-3)])
+def test_ten_thousand_steps_do_not_drift(basis: Tensor, gate: Tensor, decay: float, tolerance: float) -> None:
+    """With decay the factor 1 - lr·wd is rounded to float32 at every step, as in torch's AdamW."""
+    starts = [noise(number, *shape) for number, shape in enumerate(SHAPES)]
+    gradients = [[gradient(step, n, shape) for n, shape in enumerate(SHAPES)] for step in range(10_000)]
+    problem = (starts, gradients, {"basis": basis / basis.norm(), "gate": gate}, 1e-3, decay)
+    for found, expected, start in zip(optimised(*problem), reference(*problem), starts, strict=True):
+        assert (expected - start).abs().max() > 0.3
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)

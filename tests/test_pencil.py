@@ -240,7 +240,8 @@ def test_the_greatest_directions_alone_are_those_of_the_whole_spectrum(rank: int
 def test_a_few_of_a_narrow_input_s_directions_are_cut_off_the_whole_spectrum() -> None:
     whole = solve(moment(1), moment(2), shrinkage=0.01, name="x")
     part = solve(moment(1), moment(2), shrinkage=0.01, directions=3, name="x")
-    torch.testing.assert_close(part.basis, whole.basis[:, -3:])
+    kept = whole.basis[:, -3:]
+    torch.testing.assert_close(part.basis / part.basis.norm(), kept / kept.norm())  # their scale is an estimate
     assert part.health["left_out"] == pytest.approx(float(whole.eigenvalues[-4]))
     everything = solve(moment(1), moment(2), shrinkage=0.01, directions=WIDTH + 1, name="x")
     torch.testing.assert_close(everything.basis, whole.basis)

@@ -19,7 +19,7 @@ from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.report import write_report
 from folora.report.text import MEANS_NOTE
-from folora.storage import digest_of_file, read_json, read_table, write_table
+from folora.storage import digest_of_file, read_json, read_table, read_tensors, write_table, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -382,6 +382,26 @@ def test_spectrum_is_read_without_torch_and_gated_as_in_training(full: Path, pip
         shares = [float(row["share"]) for row in own]
         assert shares == sorted(shares)
         assert len(own) <= 60
+
+
+def test_what_makes_a_spectrum_uncertain_is_said_in_red(
+    full: Path, pipeline: Pipeline, evaluations: Path, tmp_path: Path
+) -> None:
+    assert 'class="alarm"' not in (full / "index.html").read_text()
+    assert "Two halves of the proxy text differ on at most" in (full / "index.html").read_text()
+    tensors, manifest = read_tensors(pipeline.spectrum)
+    sick, weak, *_ = manifest["health"]
+    manifest["health"][sick]["residual"] = 0.5
+    manifest["health"][weak] |= {"gate_difference": 0.4, "tokens_needed": 123_456}
+    manifest["health"][sick] |= {"gate_difference": None, "tokens_needed": None}
+    write_tensors(tmp_path / "subtraction" / "sampled.safetensors", tensors, manifest)
+    write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
+    page = (tmp_path / "report" / "index.html").read_text()
+    alarms = re.findall('<p class="alarm">(.*?)</p>', page)
+    assert [alarms[0].startswith(f"health: {sick}: the residual"), len(alarms)] == [True, 2]
+    assert "1 of 8 layer inputs have gates of which two halves of the proxy text differ on more than 5%" in alarms[1]
+    assert "some 123,456 are needed" in alarms[1]
+    assert "<td>–</td>" in page
 
 
 def test_one_screen_with_few_methods(report: Path) -> None:

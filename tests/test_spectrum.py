@@ -10,6 +10,7 @@ from folora.errors import FoLoRAError
 from folora.layers import adapted_layers
 from folora.pencil import normalise
 from folora.spectrum import compute_spectrum, read_spectrum
+from folora.stability import gate_difference, tokens_needed
 from folora.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -151,3 +152,74 @@ def test_shrinkage_is_used(pipeline: Pipeline, tmp_path: Path) -> None:
         return max(float(one.eigenvalues[-1]) for one in read_spectrum(tmp_path / str(shrinkage)).inputs.values())
 
     assert largest(0.001) > largest(0.01) > largest(0.5)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def shrunk(tensor: torch.Tensor, *, by: int) -> torch.Tensor:
+    return tensor[:-by].clone()
+
+
+SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
+    "residual": (lambda _, m: m["health"][Q].update(residual=0.02), "the residual of its pencil is 2e-02, more than"),
+    "deviation": (lambda _, m: m["health"][Q].update(orthonormality=1.0), "the orthonormality of its pencil is 1e"),
+    "record": (lambda _, m: m["health"].pop(Q), "health and groups name other layer inputs"),
+    "field": (lambda _, m: m["health"][Q].pop("condition"), "condition: Field required"),
+    "type": (lambda _, m: m["health"][Q].update(shrinkage="0.01"), "shrinkage: Input should be a valid number"),
+    "tokens": (lambda _, m: m.update(proxy_tokens=0), "proxy_tokens: Input should be greater than or equal to 1"),
+    "tensor": (lambda t, _: t.pop(f"{Q}.basis"), "basis: delete it"),
+    "width": (lambda t, _: t.update({f"{Q}.eigenvalues": shrunk(t[f"{Q}.eigenvalues"], by=1)}), "not of width 32"),
+    "order": (lambda t, _: t.update({f"{Q}.eigenvalues": t[f"{Q}.eigenvalues"].flip(0)}), "negative or out of order"),
+    "sign": (lambda t, _: t[f"{Q}.eigenvalues"].sub_(1e-3), "negative or out of order"),
+    "scale": (lambda t, _: t[f"{Q}.eigenvalues"].mul_(1.5), "eigenvalues are not those of its moments"),
+    "basis": (lambda t, _: t[f"{Q}.basis"][:, -1].mul_(1.1), "deviates from C_p-orthonormality by"),
+    "energy": (lambda t, _: t[f"{Q}.penalty"].zero_(), "a moment of it has no energy"),
+    "kind": (lambda t, _: t.update({f"{Q}.utility": t[f"{Q}.utility"].int()}), "not float32 or float64"),
+}
+
+
+@pytest.mark.parametrize("sickness", SICK)
+def test_a_sick_spectrum_is_refused_and_the_layer_named(sickness: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    act, expected = SICK[sickness]
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pipeline.spectrum.read_bytes())
+    rewrite(path, act)
+    with pytest.raises(FoLoRAError, match=r"x\.safetensors: ") as refused:
+        read_spectrum(path)
+    assert expected in str(refused.value)
+    assert sickness in ("record", "tokens") or Q in str(refused.value)
+
+
+def test_a_pencil_that_is_not_solved_well_is_not_written(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("folora.health.SOLVED", 1e-17)
+    inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+    with pytest.raises(FoLoRAError, match=r"x: model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
+        compute_spectrum(*inputs, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_halves_of_the_proxy_text_are_compared(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spectrum, manifest = read_spectrum(pipeline.spectrum), read_tensors(pipeline.spectrum)[1]
+    moments = [read_moments([(pipeline.proxy_moments / f"{shard}.safetensors", {})])[0] for shard in (0, 1)]
+    for name, one in spectrum.inputs.items():
+        record = manifest["health"][name]
+        halves = (half.mean(name) for half in moments)
+        difference = gate_difference(*halves, one.utility.double(), one.shrinkage)
+        assert record["gate_difference"] == pytest.approx(difference, rel=1e-6)
+        assert record["tokens_needed"] == tokens_needed(manifest["proxy_tokens"], record["gate_difference"])
+        assert record["tokens_per_width"] == pytest.approx(manifest["proxy_tokens"] / one.health["width"])
+    inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
+    monkeypatch.setattr("folora.stability.GATE_DIFFERENCE", 1e-6)
+    compute_spectrum(pipeline.params, *inputs)
+    (warning,) = caplog.messages
+    assert warning.startswith("subtraction, sampled: 8 of 8 layer inputs have gates of which two halves")
+    one = pipeline.params.model_copy(update={"proxy": pipeline.params.proxy.model_copy(update={"shards": [0]})})
+    compute_spectrum(one, *inputs)
+    alone = read_tensors(tmp_path / "x")[1]["health"].values()
+    assert {(record["gate_difference"], record["tokens_needed"]) for record in alone} == {(None, None)}
+    assert len(caplog.messages) == 1

@@ -7,17 +7,34 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict
+
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import Loading
-from folora.storage import MANIFEST_FILE, Manifest, check_manifest, digest_of, digest_of_file, read_json
+from folora.storage import MANIFEST_FILE, Manifest, check_manifest, digest_of, digest_of_file, fields_of, read_json
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+# what transformers raises of a configuration that is damaged
+CONFIGURATION_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
+
+
+class FoundationManifest(BaseModel):
+    """The fields of the foundation stage's manifest that its readers use."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    model: str
+    tokenizer: str
+    loading: Loading
+    source: str | None
+    commit: str | None
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,7 @@ def open_base(path: Path) -> Base:
     """
     manifest = read_json(path / MANIFEST_FILE)
     check_manifest(path, manifest, artefact="foundation")
+    fields_of(path / MANIFEST_FILE, FoundationManifest, manifest)
     code = manifest["loading"]["trust_remote_code"]
     folder = pinned_folder(manifest["source"], manifest["commit"], code=code) if manifest["source"] else path
     found = digests(folder, code=code)
@@ -159,7 +177,7 @@ def check_model(folder: Path, loading: Loading) -> None:
     check_device(loading.device)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except CONFIGURATION_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -190,11 +208,17 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
     """Load a tokenizer; EOS pads where it has no padding token.
 
     Raises:
-        FoLoRAError: it has no EOS, no BOS and none is named, or does not know the one that is.
+        FoLoRAError: it cannot be read, has no EOS, no BOS and none is named, or does not know the one that is.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, CONFIGURATION_ERRORS):
+            raise
+        reason = " ".join(str(error).split())[:200]  # the tokenizers library raises the bare class
+        raise FoLoRAError(f"{folder}: its tokenizer cannot be read: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise FoLoRAError(f"{folder}: its tokenizer has no eos_token: choose a model that has one")
     if loading.bos_token is not None:

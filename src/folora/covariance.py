@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
+from folora.health import PRODUCTS
 from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
+from folora.proxy import PROXY_COLUMNS
 from folora.scratch import save_seconds, scratch
-from folora.storage import digest_of_file, read_table, read_tensors, write_tensors
+from folora.storage import digest_of_file, fields_of, read_table, read_tensors, with_columns, write_tensors
+from folora.task import TASK_COLUMNS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,11 +43,12 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     """
     table, manifest = read_table(rows, **base.identity)
     settings = params.covariance
-    if manifest["artefact"] == "proxy":
+    if manifest.get("artefact") == "proxy":
+        table = with_columns(rows, table, PROXY_COLUMNS)
         token_ids, loss_masks = table["token_ids"].to_pylist(), None
         positions: str = settings.proxy_positions
     else:
-        table = table.slice(0, settings.task_rows)
+        table = with_columns(rows, table, TASK_COLUMNS).slice(0, settings.task_rows)
         token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
         positions = settings.task_positions
 
@@ -153,6 +158,16 @@ def _stored(moments: Moments) -> dict[str, Tensor]:
     return moments.sums | {f"{FOURTH}{name}": value for name, value in moments.fourths.items()}
 
 
+class CovarianceManifest(BaseModel):
+    """The fields of the manifest that ``read_moments`` uses."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    groups: Annotated[dict[str, list[str]], Field(min_length=1)]
+    tokens: Annotated[int, Field(ge=1)]
+    positions: str
+
+
 def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> tuple[Moments, Groups]:
     """Add up the moments of shards, in the order given.
 
@@ -161,22 +176,54 @@ def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> 
         expected: manifest fields that all must have.
 
     Raises:
-        FoLoRAError: a shard is damaged, of another model or parameter set, or has other layers than the first.
+        FoLoRAError: a shard is damaged, holds what cannot be a sum of x xᵀ, is of another model or parameter set, or
+            has other layers than the first.
     """
     total: Moments | None = None
     groups: Groups = {}
     for path, own in shards:
         tensors, manifest = read_tensors(path, artefact="covariance", **expected, **own)
-        names = manifest["groups"]
+        about = fields_of(path, CovarianceManifest, manifest)
+        absent = [key for name in about.groups for key in (name, f"{FOURTH}{name}") if key not in tensors]
+        if absent:
+            raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
         shard = Moments(
-            sums={name: tensors[name] for name in names},
-            fourths={name: tensors[f"{FOURTH}{name}"] for name in names},
-            tokens=manifest["tokens"],
+            sums={name: tensors[name] for name in about.groups},
+            fourths={name: tensors[f"{FOURTH}{name}"] for name in about.groups},
+            tokens=about.tokens,
         )
+        for name in about.groups:
+            if found := defect(shard.sums[name], shard.fourths[name], shard.tokens):
+                raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
         if total is None:
-            total, groups = shard, manifest["groups"]
-            expected |= {"positions": manifest["positions"], "groups": groups}
+            total, groups = shard, about.groups
+            expected |= {"positions": about.positions, "groups": groups}
         else:
             total.add(shard)
     assert total is not None, "params.py asks for at least one shard"
     return total, groups
+
+
+def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:
+    """Why a matrix cannot be Σ x xᵀ over so many tokens with this Σ ‖x‖⁴, as far as a look at its entries shows.
+
+    A smaller eigenvalue than zero that its entries hide is found by the pencil.
+    """
+    if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.numel() or fourth.ndim:
+        return "its sum is not a square matrix, or that of ‖x‖⁴ no number"
+    if {total.dtype, fourth.dtype} != {torch.float64}:
+        return "its sums are not float64"
+    energies = total.diagonal()
+    if energies.min() < 0 or fourth < 0:
+        return "a sum of squares is negative"
+    scale = energies.sqrt()
+    # what underflows in a square may still be seen in a product with a greater number
+    bound = scale[:, None] * scale + PRODUCTS**3 * energies.max()
+    if ((total - total.mT).abs() > PRODUCTS * bound).any():
+        return "its sum is not symmetric"
+    if (total.abs() > (1 + PRODUCTS) * bound).any():
+        return "its sum is not positive semi-definite"
+    square = energies.sum().square()  # (Σ ‖x‖²)², between Σ ‖x‖⁴ and as many times that as there are tokens
+    if fourth > (1 + PRODUCTS) * square or square > (1 + PRODUCTS) * tokens * fourth:
+        return f"its sums are not those of {tokens} tokens"
+    return None

@@ -16,7 +16,10 @@ SHORTEST_SECRET = 8  # characters; what is shorter is more likely a word
 
 
 class FoLoRAError(Exception):
-    """A mistake in parameters, data or artefacts that the user can mend."""
+    """A mistake in parameters, data or artefacts that the user can mend, in one line whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 def redacted(text: str) -> str:

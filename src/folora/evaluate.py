@@ -19,20 +19,18 @@ from folora.comparison import BASE, best_finals
 from folora.errors import FoLoRAError
 from folora.harness import Harness
 from folora.params import run_params
-from folora.records import base_records, read_record, source_tags
+from folora.records import base_records, read_manifest, read_record, source_tags
 from folora.scratch import kept, scratch
+from folora.serving import read_adapter_config
 from folora.storage import (
     ANSWERS_FILE,
-    MANIFEST_FILE,
     METRICS_FILE,
     TOKENS_FILE,
     check_fields,
-    check_manifest,
     digest_of,
     digest_of_file,
     digest_of_folder,
     publish,
-    read_json,
     read_table,
     write_table,
 )
@@ -156,8 +154,7 @@ def evaluate_method(
     """
     digests = {}
     for name in params.runs_of(method):
-        manifest = read_json(runs / name / MANIFEST_FILE)
-        check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
+        manifest = read_manifest(runs / name, run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
         digests[name] = digest_of(manifest)
     evaluator = Evaluator(params, base, tasks, heldout)
@@ -246,8 +243,8 @@ def export_of(checkpoint: Path) -> Record:
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     if (checkpoint / WEIGHTS_FILE).exists():
         return {"export": "weights", "rank": 0, "bytes": size}
-    config = read_json(checkpoint / "adapter_config.json")
-    return {"export": "DoRA" if config["use_dora"] else "LoRA", "rank": config["r"], "bytes": size}
+    config = read_adapter_config(checkpoint)
+    return {"export": "DoRA" if config.use_dora else "LoRA", "rank": config.r, "bytes": size}
 
 
 def accuracies(answers: list[Record]) -> dict[str, float]:

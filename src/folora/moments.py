@@ -41,8 +41,12 @@ class Moments:
         self.tokens += other.tokens
 
     def mean(self, name: str) -> Tensor:
-        """The second moment E[x xᵀ] of one layer input, (d, d)."""
-        return self.sums[name] / self.tokens
+        """The second moment E[x xᵀ] of one layer input, (d, d).
+
+        Float32 products are not always symmetric to the last bit, and a Cholesky factor sees one triangle only.
+        """
+        mean = self.sums[name] / self.tokens
+        return (mean + mean.mT) / 2
 
 
 class Collector:

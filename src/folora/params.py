@@ -5,6 +5,7 @@ The file is read as YAML 1.2, as DVC reads it, so that ``1e-3`` is a number ever
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -25,6 +26,9 @@ Shrinkage = Annotated[
 ]
 Rate = Annotated[float, Field(gt=0, le=1)]
 ThreadCount = Annotated[int, Field(ge=1, le=256, description="torch threads; another count changes the last bits")]
+
+
+DEEPEST = 50  # brackets within brackets; the time that the YAML library takes grows with the cube of it
 
 
 class Section(BaseModel):
@@ -416,13 +420,25 @@ def parse_params(text: str | bytes, source: str) -> Params:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
+    content = text.encode() if isinstance(text, str) else text
+    if flow_depth(content) > DEEPEST:
+        raise FoLoRAError(f"{source}: nests more than {DEEPEST} brackets: see the params.yaml of a fresh clone")
     try:
-        content = YAML(typ="safe").load(text)
-    except YAMLError as error:
+        values = YAML(typ="safe").load(content)
+    except (YAMLError, ValueError, RecursionError) as error:  # of ValueError: a date that is none
         raise FoLoRAError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
+    if not isinstance(values, dict):
         raise FoLoRAError(f"{source}: expected a table of sections: see the params.yaml of a fresh clone")
     try:
-        return Params.model_validate(content)
+        return Params.model_validate(values)
     except ValidationError as error:
         raise FoLoRAError(f"{source}: {describe(error)}") from error
+
+
+def flow_depth(text: bytes) -> int:
+    """How deep brackets and braces of a text nest, wherever they stand."""
+    depth = deepest = 0
+    for bracket in re.findall(rb"[\[\]{}]", text):
+        depth = depth + 1 if bracket in b"[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest

@@ -32,6 +32,7 @@ CHECKED = 64  # directions of a solution whose residual is taken: to check all w
 POWER_STEPS = 15  # of the power iteration for the extreme eigenvalues of the penalty; some per cent are enough
 KRYLOV_BLOCK = 64
 KRYLOV_SHARE = 2.5  # columns of the Krylov basis for each direction that is asked for
+STORED = torch.finfo(torch.float32)  # what a moment is kept as
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,11 @@ def solve_spectrum(
         directions: the most of a layer input, those with the greatest λ; None: all.
 
     Raises:
-        FoLoRAError: a moment is not finite or has no energy, or a penalty stays indefinite.
+        FoLoRAError: a moment is of no token, not finite or has no energy, or a penalty stays indefinite.
     """
+    for side, moments in (("penalty", proxy), ("utility", task)):
+        if not moments.tokens:
+            raise FoLoRAError(f"the {side} moments are of no token: check the text that they were taken over")
     inputs = {
         name: layer_spectrum(
             proxy.mean(name),
@@ -159,6 +163,8 @@ def layer_spectrum(
 ) -> LayerSpectrum:
     """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``."""
     if isinstance(shrinkage, str):
+        if not math.isfinite(proxy_fourth):
+            raise FoLoRAError(f"{name}: the mean of ‖x‖⁴ is not finite: give spectrum.shrinkage as a number")
         shrinkage = shrinkage_of(shrinkage, penalty, proxy_fourth, proxy_tokens)
     pencil = solve(penalty, utility, shrinkage=shrinkage, directions=directions, name=name)
     return LayerSpectrum(
@@ -202,26 +208,19 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
         that was used; and ``left_out``, a bound on the λ of the directions that were not asked for.
 
     Raises:
-        FoLoRAError: a moment is not finite or has no energy, or the penalty stays indefinite with 100 times the ridge.
+        FoLoRAError: a moment is not finite or has no energy that float32 can hold, or the penalty stays indefinite with
+            100 times the ridge.
     """
     penalty, utility = penalty.double(), utility.double()
     for side, moment in (("penalty", penalty), ("utility", utility)):
-        if not torch.isfinite(moment).all() or moment.trace() <= 0:
-            raise FoLoRAError(
-                f"{name}: the {side} moment is not finite or zero: check the data and run covariance again"
-            )
+        if not STORED.tiny <= moment.abs().max() <= STORED.max or moment.trace() <= 0:
+            reason = "is zero, not finite or beyond the range of float32"
+            raise FoLoRAError(f"{name}: the {side} moment {reason}: check the data and run covariance again")
     C_t = normalise(utility)
     C_p, L, ridge = ridged(penalty, shrinkage, name)
     d = len(L)
-    if directions is None or krylov_columns(directions) >= d:
-        eigenvalues, V = reduced(L, C_t)
-        inverse_trace, left_out = V.square().sum(), V.new_zeros(())
-        if directions is not None and directions < d:
-            left_out = eigenvalues[-directions - 1]
-            eigenvalues, V = eigenvalues[-directions:], V[:, -directions:].contiguous()
-    else:
-        eigenvalues, V, left_out = leading(L, C_t, directions)
-        inverse_trace = estimated_inverse_trace(L)
+    eigenvalues, V, left_out = greatest(L, C_t, directions)
+    inverse_trace = V.square().sum() if V.shape[1] == d else estimated_inverse_trace(L)
     checked = torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
     found, penalised = C_t @ V[:, checked], C_p @ V[:, checked]
     overlap = V.mT @ penalised
@@ -273,6 +272,16 @@ def reduced(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
     M = torch.linalg.solve_triangular(L, M.mT, upper=False)
     eigenvalues, U = torch.linalg.eigh(M)  # reads one triangle, so M need not be symmetric to the last bit
     return eigenvalues, torch.linalg.solve_triangular(L.mT, U, upper=True)
+
+
+def greatest(L: Tensor, C_t: Tensor, directions: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """So many directions with the greatest λ, or all: as ``leading`` returns them, by whichever way is shorter."""
+    if directions is not None and krylov_columns(directions) < len(L):
+        return leading(L, C_t, directions)
+    eigenvalues, V = reduced(L, C_t)
+    if directions is None or directions >= len(L):
+        return eigenvalues, V, V.new_zeros(())
+    return eigenvalues[-directions:], V[:, -directions:].contiguous(), eigenvalues[-directions - 1]
 
 
 def krylov_columns(directions: int) -> int:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.params import Proxy
 
+PROXY_COLUMNS = {"token_ids": "[int32]"}  # that readers of proxy text use
 HELDOUT = "heldout"  # stands for the shard in the manifest and in the seeds
 
 

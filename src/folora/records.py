@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ConfigDict
+
 from folora.comparison import BASE
 from folora.git import git
 from folora.params import flatten
@@ -24,6 +26,7 @@ from folora.storage import (
     check_manifest,
     digest_of,
     digest_of_file,
+    fields_of,
     read_json,
     read_table,
     require,
@@ -81,6 +84,71 @@ class Record:
     readings: list[Reading]
     final_step: int
     adapter: Path | None
+
+
+class Part(BaseModel):
+    """A part of a manifest."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class RunOf(Part):
+    """Of ``RunParams``."""
+
+    task: str
+    method: str
+    learning_rate: float
+    seed: int
+
+
+class MethodOf(Part):
+    """Of ``RunParams``."""
+
+    kind: str
+
+
+class RunParams(Part):
+    """Of ``RunManifest``."""
+
+    run: RunOf
+    method: MethodOf
+
+
+class RunInputs(Part):
+    """Of ``RunManifest``: digests."""
+
+    task: str
+    proxy: list[str]
+    heldout: str
+
+
+class RunManifest(Part):
+    """The fields of a run's manifest that its readers use."""
+
+    run: str
+    model: str
+    tokenizer: str
+    params: RunParams
+    inputs: RunInputs
+
+
+class HistoryManifest(Part):
+    """The fields of the manifest of a run's history that are used here."""
+
+    gates: dict[str, float] = {}
+
+
+def read_manifest(folder: Path, **expected: Any) -> Manifest:
+    """The checked manifest of a run's folder.
+
+    Raises:
+        FoLoRAError: it is missing, damaged or not a run's, or a field differs from ``expected``.
+    """
+    path = folder / MANIFEST_FILE
+    manifest = read_json(path)
+    check_manifest(folder, manifest, artefact="run", **expected)
+    fields_of(path, RunManifest, manifest)
+    return dict(manifest)
 
 
 def card_of(manifest: Manifest) -> Card:
@@ -154,7 +222,7 @@ def read_journal(digest: str) -> tuple[dict[str, str], list[Reading]]:
     readings = []
     path = journal_path(digest)
     for text in path.read_text().splitlines() if path.is_file() else []:
-        with suppress(json.JSONDecodeError):  # a line that a full disk cut off
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # a line that a full disk cut off
             line = json.loads(text)
             tags |= line.get("tags", {})
             readings += [
@@ -174,12 +242,13 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
     Raises:
         FoLoRAError: the folder is damaged or not a run's.
     """
-    manifest = read_json(folder / MANIFEST_FILE)
-    check_manifest(folder, manifest, artefact="run")
-    history, about = read_table(folder / "history.parquet", artefact="history", run=manifest["run"])
+    manifest = read_manifest(folder)
+    path = folder / "history.parquet"
+    history, about = read_table(path, {"step": "int64"}, artefact="history", run=manifest["run"])
+    gates = fields_of(path, HistoryManifest, about).gates
     card = card_of(manifest)
     tags, journal = read_journal(card.digest)
-    rows = [*history_readings(history.to_pylist(), about.get("gates", {})), *evaluation_readings(results)]
+    rows = [*history_readings(history.to_pylist(), gates), *evaluation_readings(results)]
     now = int(time.time() * 1000)
     merged = {(key, step): Reading(key, value, step, now) for key, value, step in rows}
     merged |= {(reading.key, reading.step): reading for reading in journal}

@@ -94,7 +94,7 @@ def step_of(state: Path) -> int:
 def _whole(folder: Path, state: Path) -> bool:
     try:
         files = read_json(state / SEAL_FILE)
-        return all(digest_of_file(folder / name) == digest for name, digest in files.items())
+        return isinstance(files, dict) and all(digest_of_file(folder / name) == files[name] for name in files)
     except FoLoRAError:  # a file is missing, or the seal is
         return False
 

@@ -55,7 +55,7 @@ def save_seconds() -> float:
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """The JSON value that an earlier process left in a scratch file, or what ``make`` returns, left there."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         content = json.loads(path.read_text())
         if content["digest"] == digest_of(content["value"]):
             return content["value"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import indent
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from folora.storage import read_json, require
+from pydantic import BaseModel, ConfigDict, Field
+
+from folora.storage import fields_of, read_json, require
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,6 +16,26 @@ if TYPE_CHECKING:
 PEFT_CONFIG = "adapter_config.json"
 TRANSFORMERS = "from transformers import AutoModelForCausalLM"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+
+
+class AdapterConfig(BaseModel):
+    """The fields of PEFT's configuration of an adapter that are used here."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    r: Annotated[int, Field(ge=1)]
+    use_dora: bool = False
+    base_model_name_or_path: str | None = None
+
+
+def read_adapter_config(adapter: Path) -> AdapterConfig:
+    """Read the configuration of a LoRA adapter.
+
+    Raises:
+        FoLoRAError: it is missing or damaged.
+    """
+    path = adapter / PEFT_CONFIG
+    return fields_of(path, AdapterConfig, read_json(path))
 
 
 @dataclass(frozen=True)
@@ -50,11 +72,11 @@ def usage_of(name: str, adapter: Path, model: str) -> Usage:
         lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
         load = f"model = load_checkpoint({base}, Path({str(adapter)!r}))"
         return Usage("\n".join([*lines, TRANSFORMERS, load]), whole)
-    config = read_json(adapter / PEFT_CONFIG)
+    config = read_adapter_config(adapter)
     load = f"model = PeftModel.from_pretrained({base}, {str(adapter)!r})"
     lines = ["from peft import PeftModel", TRANSFORMERS, load]
-    if config.get("use_dora"):  # vLLM refuses it
+    if config.use_dora:  # vLLM refuses it
         return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
-    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config["r"]), VLLM_RANKS[-1])
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config.r), VLLM_RANKS[-1])
     modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}"
     return Usage("\n".join(lines), f"vllm serve {model} {modules}")

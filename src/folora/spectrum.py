@@ -6,11 +6,17 @@ Artefact tensors, for each layer input named after its first layer: ``NAME.basis
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from folora.covariance import read_moments
+from folora.errors import FoLoRAError
+from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens
 from folora.pencil import LayerSpectrum, Spectrum, solve_spectrum
-from folora.storage import read_tensors, write_tensors
+from folora.stability import stability
+from folora.storage import fields_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +24,10 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.params import Params
 
+logger = logging.getLogger(__name__)
 
-STORED = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
+FIELDS = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
+SAMPLED = 8  # directions of a layer input that are checked when it is read
 
 
 def compute_spectrum(
@@ -28,13 +36,15 @@ def compute_spectrum(
     """Reduce a source's shards, solve the pencil of every layer input against the task and write the spectrum.
 
     Raises:
-        FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable.
+        FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable, or
+            not well enough to be trusted.
     """
     proxy_settings = params.proxy.sampling(source)
     shards = [(proxy_folder / f"{shard}.safetensors", {"shard": str(shard)}) for shard in params.proxy.shards]
-    proxy, groups = read_moments(
-        shards, **base.identity, proxy=proxy_settings, positions=params.covariance.proxy_positions
-    )
+    expected = {**base.identity, "proxy": proxy_settings, "positions": params.covariance.proxy_positions}
+    proxy, groups = read_moments(shards, **expected)
+    half = len(shards) // 2
+    first = read_moments(shards[:half], **expected)[0] if half else None
     target, _ = read_moments(
         [(task_path, {})],
         **base.identity,
@@ -44,8 +54,14 @@ def compute_spectrum(
         groups=groups,
     )
     spectrum = solve_spectrum(proxy, target, groups, **params.spectrum.model_dump())
-    tensors = {f"{name}.{field}": getattr(one, field) for name, one in spectrum.inputs.items() for field in STORED}
-    health = {name: {**one.health, "proxy_fourth": one.proxy_fourth} for name, one in spectrum.inputs.items()}
+    tensors = {f"{name}.{field}": getattr(one, field) for name, one in spectrum.inputs.items() for field in FIELDS}
+    health = {
+        name: {**one.health, "proxy_fourth": one.proxy_fourth, **stability(proxy, first, name, one)}
+        for name, one in spectrum.inputs.items()
+    }
+    _refuse_breaches(output, {name: HealthRecord.model_validate(record) for name, record in health.items()})
+    if warning := too_few_tokens(health, proxy.tokens):
+        logger.warning("%s, %s: %s", task, source, warning)
     manifest = {
         "artefact": "spectrum",
         **base.identity,
@@ -64,17 +80,59 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
     """Read the artefact of the spectrum stage.
 
     Raises:
-        FoLoRAError: missing, damaged, or a manifest field differs from ``expected``.
+        FoLoRAError: missing, damaged, beyond the limits of ``health``, or a manifest field differs from ``expected``.
     """
     tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
+    about = fields_of(path, SpectrumManifest, manifest)
+    _refuse_breaches(path, about.health)
+    absent = [name for name in (f"{name}.{field}" for name in about.groups for field in FIELDS) if name not in tensors]
+    if absent:
+        raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
     inputs = {
         name: LayerSpectrum(
-            **{field: tensors[f"{name}.{field}"] for field in STORED},
-            shrinkage=manifest["health"][name]["shrinkage"],
-            proxy_tokens=manifest["proxy_tokens"],
-            proxy_fourth=manifest["health"][name]["proxy_fourth"],
+            **{field: tensors[f"{name}.{field}"] for field in FIELDS},
+            shrinkage=record.shrinkage,
+            proxy_tokens=about.proxy_tokens,
+            proxy_fourth=record.proxy_fourth,
             health=manifest["health"][name],
         )
-        for name in manifest["groups"]
+        for name, record in about.health.items()
     }
-    return Spectrum(inputs, manifest["groups"])
+    for name, one in inputs.items():
+        if found := defect(one):
+            raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
+    return Spectrum(inputs, about.groups)
+
+
+def _refuse_breaches(path: Path, health: dict[str, HealthRecord]) -> None:
+    if found := breaches(health):
+        raise FoLoRAError(f"{path}: {found[0]}: raise spectrum.shrinkage")
+
+
+def defect(one: LayerSpectrum) -> str | None:
+    """What is wrong with the tensors of a layer input, as far as ``SAMPLED`` of its directions show."""
+    d: int = one.health["width"]
+    matrices = (one.basis, one.penalty, one.utility)
+    shapes = {(d, d), (d, len(one.eigenvalues))}
+    if {tuple(matrix.shape) for matrix in matrices} != shapes or one.eigenvalues.ndim != 1:
+        return f"its tensors are not of width {d}"
+    if not {tensor.dtype for tensor in (*matrices, one.eigenvalues)} <= {torch.float32, torch.float64}:
+        return "its tensors are not float32 or float64"
+    if one.eigenvalues[0] < 0 or (one.eigenvalues.diff() < 0).any():
+        return "its eigenvalues are negative or out of order"
+    traces = one.penalty.double().trace(), one.utility.double().trace()
+    if min(traces) <= 0:
+        return "a moment of it has no energy"
+    q = len(one.eigenvalues)
+    chosen = torch.linspace(0, q - 1, min(q, SAMPLED)).round().long()
+    V, eigenvalues = one.basis[:, chosen].double(), one.eigenvalues[chosen]
+    quadratic = [V.mT @ (d / trace * (C.double() @ V)) for C, trace in zip(matrices[1:], traces, strict=True)]
+    penalty = (1 - one.shrinkage) * quadratic[0] + one.shrinkage * V.mT @ V
+    scale = penalty.diagonal().mean()  # c² of the basis
+    limit = STORED + SINGLE * one.health["condition"]
+    deviation = (penalty / scale - torch.eye(len(chosen), dtype=V.dtype)).abs().max()
+    if not deviation <= limit:
+        return f"its basis deviates from C_p-orthonormality by {float(deviation):.0e}"
+    if not ((quadratic[1].diagonal() / scale - eigenvalues).abs() <= limit * one.eigenvalues[-1]).all():
+        return "its eigenvalues are not those of its moments"
+    return None

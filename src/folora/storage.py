@@ -10,24 +10,27 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from contextlib import contextmanager, suppress
 from glob import escape
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     import pyarrow as pa
+    from pydantic import BaseModel
     from torch import Tensor
 
 Manifest = dict[str, Any]
+M = TypeVar("M", bound="BaseModel")
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
@@ -109,7 +112,7 @@ def canonical_json(value: Any) -> str:
 
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value, in hexadecimal."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
@@ -118,8 +121,11 @@ def digest_of_file(path: Path) -> str:
     Raises:
         FoLoRAError: there is no such file.
     """
-    with require(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with require(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FoLoRAError(f"{path}: cannot be read ({error}): see that it is a file and yours to read") from error
 
 
 def digest_of_folder(folder: Path, pattern: str = "*") -> str:
@@ -142,7 +148,7 @@ def read_json(path: Path) -> Any:
     require(path)
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # of ValueError: a number with thousands of digits, too
         raise FoLoRAError(f"{path}: not valid JSON ({error}): delete it and run its stage again") from error
 
 
@@ -172,6 +178,8 @@ def check_fields(path: Path, manifest: Manifest, **expected: Any) -> None:
     Raises:
         FoLoRAError: a field differs.
     """
+    if not isinstance(manifest, dict):
+        raise FoLoRAError(f"{path}: its manifest is no table of fields: run the stage that makes it again")
     for field, value in expected.items():
         if manifest.get(field) != value:
             raise FoLoRAError(
@@ -180,8 +188,22 @@ def check_fields(path: Path, manifest: Manifest, **expected: Any) -> None:
             )
 
 
+def fields_of(path: Path, model: type[M], manifest: Manifest) -> M:
+    """The fields of a manifest that a reader uses, of the types that it relies on.
+
+    Raises:
+        FoLoRAError: a field is missing or not of its type.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(manifest)
+    except ValidationError as error:
+        raise FoLoRAError(f"{path}: {describe(error)}: delete it and run its stage again") from error
+
+
 def _short(value: Any) -> str:
-    text = str(value)
+    text = value if isinstance(value, str) else reprlib.repr(value)  # which bounds depth, too
     return text if len(text) <= 60 else f"{text[:12]}…"
 
 
@@ -209,7 +231,7 @@ def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manife
         with safe_open(path, framework="pt") as file:
             manifest = tensor_manifest(file, path, **expected)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -237,11 +259,16 @@ def write_table(path: Path, table: pa.Table, manifest: Manifest) -> None:
         pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
 
 
-def read_table(path: Path, **expected: Any) -> tuple[pa.Table, Manifest]:
+def read_table(path: Path, columns: Mapping[str, str] | None = None, **expected: Any) -> tuple[pa.Table, Manifest]:
     """Read a Parquet file and check its manifest.
 
+    Args:
+        path: the file.
+        columns: of ``with_columns``.
+        expected: manifest fields.
+
     Raises:
-        FoLoRAError: missing, truncated or another artefact.
+        FoLoRAError: missing, truncated or another artefact, or a column is missing or of another type.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -249,12 +276,37 @@ def read_table(path: Path, **expected: Any) -> tuple[pa.Table, Manifest]:
     require(path)
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
     metadata = table.schema.metadata or {}
     manifest = _manifest_from(metadata.get(METADATA_KEY.encode()), path)
     check_manifest(path, manifest, **expected)
-    return table, manifest
+    return with_columns(path, table, columns or {}), manifest
+
+
+def with_columns(path: Path, table: pa.Table, columns: Mapping[str, str]) -> pa.Table:
+    """A table with the columns that its reader uses, none of their values missing, cast to types.
+
+    Args:
+        path: of the table.
+        table: the table.
+        columns: name to type, such as ``int32``, or ``[int32]`` for lists.
+
+    Raises:
+        FoLoRAError: a column or a value is missing, or of another type.
+    """
+    import pyarrow as pa
+
+    for name, kind in columns.items():
+        lists, element = kind.startswith("["), pa.type_for_alias(kind.strip("[]"))
+        try:
+            column = table[name].cast(pa.list_(element) if lists else element)
+            if column.null_count or (lists and column.combine_chunks().flatten().null_count):
+                raise ValueError(f"{name} lacks values")
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise FoLoRAError(f"{path}: has no column {name} of {kind}: delete it and run its stage again") from error
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def _manifest_from(text: str | bytes | None, path: Path) -> Manifest:
@@ -262,5 +314,5 @@ def _manifest_from(text: str | bytes | None, path: Path) -> Manifest:
         raise FoLoRAError(f"{path}: carries no FoLoRA manifest: it was not made by this pipeline")
     try:
         return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise FoLoRAError(f"{path}: its manifest is damaged ({error}): delete it and run its stage again") from error

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
+TASK_COLUMNS = {"input_ids": "[int32]", "loss_mask": "[bool]"}
+# what a template may raise beside jinja2's own errors, whatever it computes
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass
@@ -91,6 +94,7 @@ def read_rows(dataset: str, key: str) -> Dataset:
         FoLoRAError: nothing is there, or there are no rows.
     """
     from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowException
 
     path = Path(dataset)
     if path.is_dir():
@@ -104,8 +108,8 @@ def read_rows(dataset: str, key: str) -> Dataset:
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     try:
         rows = _load(path)
-    except (DatasetGenerationError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except (DatasetGenerationError, ArrowException, csv.Error, ValueError, OverflowError, RecursionError) as error:
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
@@ -119,8 +123,10 @@ def _load(path: Path) -> Dataset:
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split="train")
     with path.open(newline="") as file:
-        rows = csv.DictReader(file) if path.suffix == ".csv" else (json.loads(line) for line in file if line.strip())
-        return Dataset.from_list(list(rows))
+        rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
+    if not all(isinstance(row, dict) and None not in row for row in rows):
+        raise ValueError("a line is no table of columns, or has more than the first line names")
+    return Dataset.from_list(rows)
 
 
 def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:
@@ -141,7 +147,7 @@ def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:
         rendered = []
         for number, row in enumerate(rows):  # noqa: B007 - the error names it
             rendered.append([template.render(row) for template in compiled])
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         columns = ", ".join(rows.column_names)
         raise FoLoRAError(
             f"{source}, row {number}: {error}: mend the template in params.yaml; the columns are {columns}"
@@ -208,7 +214,7 @@ def chat_segments(number: int, turns: Any, tokenizer: PreTrainedTokenizerBase) -
                     )
                 segments += [(before[len(written) :], False), (after[len(before) :], True)]
                 written = after
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_ERRORS) as error:
         raise FoLoRAError(f"{_row(number)}: the chat template refuses it: {error}") from error
     if not segments:
         raise FoLoRAError(f"{_row(number)}: no message of role {ASSISTANT!r}, so nothing to learn: remove the row")

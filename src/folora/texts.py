@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from folora.divergence import HeldOutText, TokenDivergence
-from folora.proxy import HELDOUT
+from folora.proxy import HELDOUT, PROXY_COLUMNS
 from folora.storage import read_table
 from folora.task import read_rows, render
 
@@ -48,7 +48,7 @@ class Texts:
         heldout: Path,
     ) -> None:
         settings = params.proxy.heldout_sampling()
-        table, _ = read_table(heldout, artefact="proxy", **base.identity, shard=HELDOUT, proxy=settings)
+        table, _ = read_table(heldout, PROXY_COLUMNS, artefact="proxy", **base.identity, shard=HELDOUT, proxy=settings)
         rows = {HELDOUT: table["token_ids"].to_pylist()}
         for name, text in params.evaluation.texts.items():
             base.check_length(text.max_length, f"evaluation.texts.{name}.max_length")

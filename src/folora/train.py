@@ -21,7 +21,7 @@ from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.objective import Objective
 from folora.params import run_params
-from folora.proxy import HELDOUT
+from folora.proxy import HELDOUT, PROXY_COLUMNS
 from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
 from folora.resume import CHECKPOINTS, STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
@@ -37,6 +37,7 @@ from folora.storage import (
     write_json,
     write_table,
 )
+from folora.task import TASK_COLUMNS
 from folora.tracking import run_log
 
 if TYPE_CHECKING:
@@ -150,16 +151,24 @@ def _proxy_shards(params: Params, inputs: TrainInputs) -> dict[str, Path]:
 
 
 def _proxy_ids(base: Base, path: Path, **expected: object) -> list[list[int]]:
-    table, _ = read_table(path, artefact="proxy", **base.identity, **expected)
+    table, _ = read_table(path, PROXY_COLUMNS, artefact="proxy", **base.identity, **expected)
     return table["token_ids"].to_pylist()
 
 
 def read_task_rows(params: Params, run: Run, base: Base, path: Path) -> list[Row]:
-    """Task rows with labels on the response only."""
-    table, _ = read_table(path, artefact="task", **base.identity, task=params.tasks[run.task].model_dump())
+    """Task rows with labels on the response only.
+
+    Raises:
+        FoLoRAError: the file is damaged or of another model or task.
+    """
+    task = params.tasks[run.task].model_dump()
+    table, _ = read_table(path, TASK_COLUMNS, artefact="task", **base.identity, task=task)
+    rows = list(zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True))
+    if any(len(ids) != len(mask) for ids, mask in rows):
+        raise FoLoRAError(f"{path}: a row has more tokens than marks of what is learned: run the task stage again")
     return [
         {"input_ids": ids, "labels": [i if counts else IGNORED for i, counts in zip(ids, mask, strict=True)]}
-        for ids, mask in zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True)
+        for ids, mask in rows
     ]
 
 

@@ -11,8 +11,9 @@ from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import flatten
+from folora.records import read_manifest
 from folora.serving import PEFT_CONFIG, usage_of
-from folora.storage import MANIFEST_FILE, check_manifest, publish, read_json, read_table
+from folora.storage import publish, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,9 +89,8 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
     found = final_record(params, name, places.evaluations)
     before = base_record(params.runs[name].task, places.evaluations)
     folder = places.runs / params.runs[name].method / name
-    manifest = read_json(folder / MANIFEST_FILE)
     base = open_base(places.foundation)
-    check_manifest(folder, manifest, artefact="run", run=name, **base.identity)
+    manifest = read_manifest(folder, run=name, **base.identity)
     adapter = folder / "adapter"
     if not merge and not (adapter / PEFT_CONFIG).exists():
         raise FoLoRAError(f"{name}: changed whole weights, which no adapter holds: --merge writes the model")

@@ -126,9 +126,10 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, *mistakes) as error:
         reason = " ".join(str(error).split())
         raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {reason[:200]}") from error
     if adapted.active_peft_config.is_prompt_learning:

@@ -9,15 +9,15 @@ import numpy as np
 
 from folora.comparison import BASE
 from folora.errors import FoLoRAError
+from folora.health import SpectrumManifest
 from folora.paired import BASE_CHECKPOINT
+from folora.records import read_manifest
 from folora.storage import (
     ANSWERS_FILE,
-    MANIFEST_FILE,
     METRICS_FILE,
     TOKENS_FILE,
-    check_manifest,
     digest_of_file,
-    read_json,
+    fields_of,
     read_table,
     require,
     tensor_manifest,
@@ -29,15 +29,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from folora.comparison import Checkpoint, Record
+    from folora.health import HealthRecord
     from folora.paired import Answers
     from folora.params import Params
 
 
+NAMES = {"run": "string", "step": "int64"}  # of a checkpoint
+METRICS_COLUMNS = NAMES | {
+    **dict.fromkeys(("method", "adaptation"), "string"),
+    **dict.fromkeys(("learning_rate", "target", "validation", "kept", "kl", "perplexity"), "double"),
+    "seed": "int64",
+}
+ANSWERS_COLUMNS = NAMES | {"adaptation": "string", "task": "string", "item": "int64", "score": "double"}
+TOKENS_COLUMNS = NAMES | {"text": "string", "kl": "[double]", "loss": "[double]"}
+
+
 @dataclass(frozen=True)
 class Spectrum:
-    """One artefact of the spectrum stage: its manifest, and λ (d,) of every layer input, ascending."""
+    """One artefact of the spectrum stage: its manifest, and health and λ (d,) of every layer input, ascending."""
 
     manifest: Record
+    health: dict[str, HealthRecord]
     eigenvalues: dict[str, NDArray[np.float64]]
 
 
@@ -99,7 +111,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         bases=bases,
         records=records,
         answers=_all_scores(evaluations, [BASE, *params.methods], params.evaluation.at_best),
-        manifests={name: _manifest(folder, name) for name, folder in folders.items()},
+        manifests={name: read_manifest(folder, run=name) for name, folder in folders.items()},
         histories={name: _history(folder, name) for name, folder in folders.items()},
         spectra={name: read_spectrum(file) for name, file in files.items()},
     )
@@ -109,7 +121,7 @@ def read_answers(folder: Path, adaptation: str, checkpoint: Checkpoint) -> list[
     """What a checkpoint answered, a row an item, with ``prompt``, ``expected``, ``answer`` and ``score``."""
     import pyarrow.compute as pc
 
-    table = _beside_metrics(folder, ANSWERS_FILE, "answers")
+    table = _beside_metrics(folder, ANSWERS_FILE, ANSWERS_COLUMNS, "answers")
     chosen = (pc.field("adaptation") == adaptation) & (pc.field("run") == checkpoint[0])
     return table.filter(chosen & (pc.field("step") == checkpoint[1])).to_pylist()
 
@@ -118,7 +130,7 @@ def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
     """What a checkpoint's drift is at every token of each text, by the text's name."""
     import pyarrow.compute as pc
 
-    table = _beside_metrics(folder, TOKENS_FILE, "tokens")
+    table = _beside_metrics(folder, TOKENS_FILE, TOKENS_COLUMNS, "tokens")
     rows = table.filter((pc.field("run") == checkpoint[0]) & (pc.field("step") == checkpoint[1])).to_pylist()
     found = {}
     for name in dict.fromkeys(row["text"] for row in rows):
@@ -131,6 +143,8 @@ def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
 def read_spectrum(path: Path) -> Spectrum:
     """Read the eigenvalues and the manifest of a spectrum, and none of its matrices.
 
+    Health beyond its limits is no error here: the page is to show it.
+
     Raises:
         FoLoRAError: missing, damaged, or another artefact.
     """
@@ -139,31 +153,34 @@ def read_spectrum(path: Path) -> Spectrum:
     try:
         with safe_open(require(path), framework="np") as file:
             manifest = tensor_manifest(file, path, artefact="spectrum")
-            eigenvalues = {}
-            for name in manifest["groups"]:
-                found = file.get_tensor(f"{name}.eigenvalues")
-                left_out = manifest["health"][name]["width"] - len(found)
-                eigenvalues[name] = np.concatenate([np.zeros(left_out), found])
-            return Spectrum(manifest, eigenvalues)
-    except SafetensorError as error:
+            health = fields_of(path, SpectrumManifest, manifest).health
+            eigenvalues = {name: file.get_tensor(f"{name}.eigenvalues") for name in health}
+    except (SafetensorError, OSError, TypeError) as error:  # numpy has no bfloat16, which is none of ours
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
+    for name, values in eigenvalues.items():
+        left_out = health[name].width - values.size
+        if values.ndim != 1 or not 0 <= left_out < health[name].width or not np.isfinite(values).all():
+            limit = health[name].width
+            raise FoLoRAError(f"{path}: {name}: has not up to {limit} finite eigenvalues: run its stage again")
+        eigenvalues[name] = np.concatenate([np.zeros(left_out), values])
+    return Spectrum(manifest, health, eigenvalues)
 
 
 def _metrics(folder: Path) -> list[Record]:
-    table, _ = read_table(folder / METRICS_FILE, artefact="metrics")
+    table, _ = read_table(folder / METRICS_FILE, METRICS_COLUMNS, artefact="metrics")
     return table.to_pylist()
 
 
-def _beside_metrics(folder: Path, file: str, artefact: str) -> Any:
+def _beside_metrics(folder: Path, file: str, columns: dict[str, str], artefact: str) -> Any:
     """A table that was written together with the metrics."""
-    return read_table(folder / file, artefact=artefact, metrics=digest_of_file(folder / METRICS_FILE))[0]
+    return read_table(folder / file, columns, artefact=artefact, metrics=digest_of_file(folder / METRICS_FILE))[0]
 
 
 def _scores(folder: Path) -> dict[tuple[str, str, int, str], NDArray[np.float64]]:
     """Scores (items,) by adaptation, run, step and task."""
     keys = ["adaptation", "run", "step", "task"]
     groups = (
-        _beside_metrics(folder, ANSWERS_FILE, "answers")
+        _beside_metrics(folder, ANSWERS_FILE, ANSWERS_COLUMNS, "answers")
         .sort_by("item")
         .group_by(keys, use_threads=False)
         .aggregate([("score", "list")])
@@ -179,7 +196,9 @@ def _all_scores(evaluations: Path, folders: list[str], at_best: list[str]) -> di
     for folder in folders:
         for (adaptation, run, step, task), scores in _scores(evaluations / folder).items():
             answers.setdefault(adaptation, {}).setdefault((run, step), {})[task] = scores
-    for by_checkpoint in answers.values():
+    for adaptation, by_checkpoint in answers.items():
+        if BASE_CHECKPOINT not in by_checkpoint:
+            raise FoLoRAError(f"{evaluations}: no answers of the base model to {adaptation}: run `dvc repro`")
         expected = {task: len(scores) for task, scores in by_checkpoint[BASE_CHECKPOINT].items()}
         always = expected.keys() - set(at_best)
         for (run, _), by_task in by_checkpoint.items():
@@ -187,12 +206,6 @@ def _all_scores(evaluations: Path, folders: list[str], at_best: list[str]) -> di
             if not (always <= found.keys() and found.items() <= expected.items()):
                 raise FoLoRAError(f"{evaluations}: {run} answered other items than the base model: evaluate both again")
     return answers
-
-
-def _manifest(folder: Path, name: str) -> Record:
-    manifest = read_json(folder / MANIFEST_FILE)
-    check_manifest(folder, manifest, artefact="run", run=name)
-    return dict(manifest)
 
 
 def _history(folder: Path, name: str) -> list[Record]:

@@ -12,11 +12,11 @@ from folora.report import text
 from folora.report.answers import side_by_side
 from folora.report.drift import at_best_cells, drift_cells
 from folora.report.figures import styled
-from folora.report.spectra import gated_method, health_cells, health_note, health_rows
+from folora.report.spectra import gated_method, health_alarms, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
-from folora.serving import PEFT_CONFIG, usage_of
+from folora.serving import PEFT_CONFIG, read_adapter_config, usage_of
 from folora.significance import RESAMPLES
-from folora.storage import digest_of, read_json, require
+from folora.storage import digest_of, require
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -108,6 +108,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         spectrum, (_, gated) = inputs.spectra[study.name], gated_method(params)
         content["health"] = health_cells(health_rows(spectrum, gated))
         content["health_note"] = health_note(spectrum)
+        content["health_alarms"] = health_alarms(spectrum)
     return content
 
 
@@ -120,7 +121,7 @@ def _snippets(study: Study, runs: Path) -> list[dict[str, str]]:
         return [
             {"title": f"{name} changed whole weights; how to load them:", "code": f"folora pick --task {study.name}"}
         ]
-    how = usage_of(run, adapter, read_json(adapter / PEFT_CONFIG)["base_model_name_or_path"])
+    how = usage_of(run, adapter, read_adapter_config(adapter).base_model_name_or_path or "")
     load = {"title": f"The adapter of {name}, in Python:", "code": how.load}
     return [load, {"title": "Served by vLLM, on a machine that has it:", "code": how.serve}]
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from folora.health import breaches, too_few_tokens
 from folora.methods.folora import FoLoRA
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ HEALTH = {  # title to field of a pencil's health record and format
     "residual": ("residual", ".0e"),
     "orthonormality": ("orthonormality", ".0e"),
     "shrinkage": ("shrinkage", "g"),
+    "tokens per width": ("tokens_per_width", ".0f"),
+    "halves differ": ("gate_difference", ".1%"),
+    "tokens needed": ("tokens_needed", ",d"),
     "greatest λ": ("greatest", ".1f"),
     "mean gate": ("mean_gate", ".2f"),
     "gates over ½": ("open", ".0%"),
@@ -71,8 +75,18 @@ def health_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
 def health_cells(rows: list[Record]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of health records."""
     columns = {title: column for title, column in HEALTH.items() if column[0] in rows[0]}
-    cells = [[row["input"], *(format(row[key], style) for key, style in columns.values())] for row in rows]
+    cells = [[row["input"], *(_cell(row[key], style) for key, style in columns.values())] for row in rows]
     return ["layer input", *columns], cells
+
+
+def _cell(value: Any, style: str) -> str:
+    return "–" if value is None else format(value, style)
+
+
+def health_alarms(spectrum: Spectrum) -> list[str]:
+    """One line for whatever makes the λ of this spectrum, or gates made of them, less than certain."""
+    warning = too_few_tokens(spectrum.manifest["health"], spectrum.manifest["proxy_tokens"])
+    return [*breaches(spectrum.health), *([warning] if warning else [])]
 
 
 def health_note(spectrum: Spectrum) -> str:
@@ -81,11 +95,14 @@ def health_note(spectrum: Spectrum) -> str:
     worst = {
         name: max(one[name] for one in health) for name in ("residual", "orthonormality", "condition", "top_share")
     }
-    left_out = max(one["left_out"] for one in health)
+    left_out = max(one.get("left_out", 0.0) for one in health)
     shut = f" The directions that were left out have a λ of at most {left_out:.2g}, and are shut." if left_out else ""
+    differences = [one["gate_difference"] for one in health if one.get("gate_difference") is not None]
+    halves = f"differ on at most {max(differences):.1%} of a layer's gates" if differences else "were not compared"
     return (
         f"{len(health)} layer inputs, moments of {spectrum.manifest['proxy_tokens']:,} proxy and "
         f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {worst['residual']:.0e}, "
         f"deviation from orthonormality {worst['orthonormality']:.0e}, condition {worst['condition']:.0e}; "
-        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}.{shut}"
+        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}. "
+        f"Two halves of the proxy text {halves}.{shut}"
     )

@@ -1,0 +1,90 @@
+"""Within which limits moments and spectra are trusted. Stages refuse what lies beyond; the report shows it in red."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# Products of a moment are float32, on some GPUs TF32: entries, traces and Σ ‖x‖⁴ of one text agree no better than this.
+PRODUCTS = 1e-3
+# Residual and deviation from orthonormality of a float64 solve are near 1e-12. Beyond this λ has lost the digits that
+# a gate shows.
+SOLVED = 1e-4
+# Of directions found by block Lanczos those with the least λ are known less well, and their gates are nearly shut.
+LEADING = 1e-2
+# Basis and moments are stored as float32, so VᵀC_pV read back deviates from I by its rounding times the condition.
+STORED, SINGLE = 1e-3, 1e-6
+# Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
+GATE_DIFFERENCE = 0.05
+
+Share = Annotated[float, Field(ge=0)]
+
+
+class HealthRecord(BaseModel):
+    """What the manifest of a spectrum says of one layer input; ``pencil.solve`` and ``stability`` say what it means."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    width: Annotated[int, Field(ge=1)]
+    shrinkage: Annotated[float, Field(ge=0, le=0.5)]
+    residual: Share
+    orthonormality: Share
+    condition: Share
+    top_share: Share
+    penalty_rank: Share
+    utility_rank: Share
+    left_out: Share = 0.0
+    proxy_fourth: Share
+    tokens_per_width: Share | None = None
+    gate_difference: Share | None = None
+    tokens_needed: Annotated[int, Field(ge=0)] | None = None
+
+
+class SpectrumManifest(BaseModel):
+    """The fields of a spectrum's manifest that its readers use."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    groups: Annotated[dict[str, list[str]], Field(min_length=1)]
+    proxy_tokens: Annotated[int, Field(ge=1)]
+    task_tokens: Annotated[int, Field(ge=1)]
+    health: dict[str, HealthRecord]
+
+    @model_validator(mode="after")
+    def _every_input_has_a_record(self) -> SpectrumManifest:
+        if self.groups.keys() != self.health.keys():
+            raise ValueError("health and groups name other layer inputs")
+        return self
+
+
+def breaches(health: dict[str, HealthRecord]) -> list[str]:
+    """One line for each figure of a layer input that is beyond its limit."""
+    return [
+        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}"
+        for name, record in health.items()
+        for figure, value, limit in (
+            ("residual", record.residual, LEADING if record.left_out else SOLVED),
+            ("orthonormality", record.orthonormality, SOLVED),
+        )
+        if value > limit
+    ]
+
+
+def too_few_tokens(health: dict[str, Any], tokens: int) -> str | None:
+    """One line where gates change too much between the halves of the proxy text; None where they do not.
+
+    Args:
+        health: name of a layer input to its ``HealthRecord`` as plain values.
+        tokens: that the penalty is the mean of.
+    """
+    needed = {name: record.get("tokens_needed") or 0 for name, record in health.items()}
+    weak = [name for name, count in needed.items() if count > tokens]
+    if not weak:
+        return None
+    worst = max(weak, key=lambda name: needed[name])
+    return (
+        f"{len(weak)} of {len(health)} layer inputs have gates of which two halves of the proxy text differ on more "
+        f"than {GATE_DIFFERENCE:.0%}, most of all {worst} ({health[worst]['gate_difference']:.0%}): {tokens:,} tokens "
+        f"are too few, some {needed[worst]:,} are needed: raise proxy.sequences or add to proxy.shards"
+    )
