@@ -28,9 +28,9 @@ from folora.storage import (
     TOKENS_FILE,
     check_fields,
     check_manifest,
-    digest_of,
     digest_of_file,
     digest_of_folder,
+    identity_of,
     publish,
     read_json,
     read_table,
@@ -159,7 +159,7 @@ def evaluate_method(
         manifest = read_json(runs / name / MANIFEST_FILE)
         check_manifest(runs / name, manifest, artefact="run", run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
-        digests[name] = digest_of(manifest)
+        digests[name] = identity_of(manifest)
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
     with scratch(
