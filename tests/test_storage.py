@@ -57,7 +57,7 @@ both_kinds = pytest.mark.parametrize(
 def test_what_is_written_is_read(write: Callable, read: Callable, tmp_path: Path) -> None:
     write(tmp_path / "new" / "file")
     content, manifest = read(tmp_path / "new" / "file", artefact="test", nested={"a": None, "b": [1, 2]})
-    assert manifest == {"format": 1, **MANIFEST}
+    assert manifest == {"format": 1, **made_with(), **MANIFEST}
     if read is read_table:
         assert content.column("ids").to_pylist() == [[1, 2], [3]]
     else:
