@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 
 from folora.base import Base, open_base
 from folora.params import Params, Tracking
+from folora.storage import CONDITIONS
 
 ROOT = Path(__file__).parent.parent
 Refused = Callable[..., str]
@@ -28,6 +29,7 @@ SaveParams = Callable[[dict[str, Any]], Path]
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep tests away from a tracking server, the network and the user's caches; one thread, for equal bytes."""
     torch.set_num_threads(1)
+    CONDITIONS["threads"] = 1  # as the command line says it
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -38,6 +40,7 @@ def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    CONDITIONS["threads"] = 1
 
 
 @pytest.fixture(scope="session")

@@ -32,7 +32,20 @@ STAGES = [
     "evaluate",
     "report",
 ]
-COMMANDS = ["methods", "params", "use", "why", "doctor", "compare", "cost", "pick", "forget", "publish", "clean"]
+COMMANDS = [
+    "methods",
+    "params",
+    "use",
+    "why",
+    "verify",
+    "doctor",
+    "compare",
+    "cost",
+    "pick",
+    "forget",
+    "publish",
+    "clean",
+]
 
 
 def folora(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -64,7 +77,7 @@ def test_help_is_quick_to_import(tmp_path: Path) -> None:
 
 
 def test_commands_that_only_read_import_no_torch(tmp_path: Path) -> None:
-    names = ", ".join(f"folora.commands.{name}" for name in ("why", "compare", "pick", "publish", "clean"))
+    names = ", ".join(f"folora.commands.{name}" for name in ("why", "verify", "compare", "pick", "publish", "clean"))
     script = f"import sys, {names}, folora.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=False).returncode == 0
 

@@ -25,7 +25,7 @@ from folora.recorder import Recorder
 from folora.records import read_journal
 from folora.resume import PARAMETERS_FILE, SEAL_FILE, last_state
 from folora.scratch import INTERVAL, SCRATCH, kept, save_seconds, scratch
-from folora.storage import digest_of, read_json
+from folora.storage import identity_of, read_json
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def test_a_journal_has_every_reading_of_a_resumed_training_once(
 ) -> None:
     interrupted(pipeline, tmp_path / "run", monkeypatch)
     train(pipeline, METHODS["lora"], tmp_path / "run")
-    _, readings = read_journal(digest_of(read_json(tmp_path / "run" / "manifest.json")))
+    _, readings = read_journal(identity_of(read_json(tmp_path / "run" / "manifest.json")))
     assert [one.step for one in readings if one.key == "train/loss"] == [1, 3, 6, 9]
 
 

@@ -13,8 +13,13 @@ import torch
 
 from folora.errors import FoLoRAError
 from folora.storage import (
+    CONDITIONS,
+    LIBRARIES,
+    MADE_WITH,
     canonical_json,
     digest_of,
+    identity_of,
+    made_with,
     publish,
     read_json,
     read_table,
@@ -52,7 +57,7 @@ both_kinds = pytest.mark.parametrize(
 def test_what_is_written_is_read(write: Callable, read: Callable, tmp_path: Path) -> None:
     write(tmp_path / "new" / "file")
     content, manifest = read(tmp_path / "new" / "file", artefact="test", nested={"a": None, "b": [1, 2]})
-    assert manifest == {"format": 1, **MANIFEST}
+    assert manifest == {"format": 1, **made_with(), **MANIFEST}
     if read is read_table:
         assert content.column("ids").to_pylist() == [[1, 2], [3]]
     else:
@@ -173,6 +178,23 @@ def test_read_only_folder_is_named(write: Callable, read: Callable, read_only_di
     del read
     with pytest.raises(FoLoRAError, match=r"file: cannot be written .*Read-only.*: free space or make the folder wr"):
         write(read_only_disk / "new" / "file")
+
+
+@both_kinds
+def test_a_manifest_says_what_it_was_made_with(
+    write: Callable, read: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONDITIONS, "threads", 3)
+    write(tmp_path / "file")
+    conditions = read(tmp_path / "file")[1][MADE_WITH]
+    assert conditions.keys() == {*LIBRARIES, "threads"}
+    assert conditions["threads"] == 3
+    assert "+" not in conditions["torch"]  # a CPU and a CUDA build are one version
+    assert torch.__version__.startswith(conditions["torch"])
+
+
+def test_the_identity_is_not_what_it_was_made_with() -> None:
+    assert identity_of(MANIFEST | made_with()) == digest_of(MANIFEST) != identity_of(MANIFEST | {"model": "n"})
 
 
 def test_digest_follows_content_not_order(tmp_path: Path) -> None:

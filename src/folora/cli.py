@@ -70,7 +70,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
     """Load the parameters, see that the output can be written, and fix what would change the last bits."""
     from folora.params import load_params
-    from folora.storage import check_writable
+    from folora.storage import CONDITIONS, check_writable
 
     params = load_params(path)
     check_writable(output)
@@ -79,6 +79,7 @@ def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
         import torch
 
         torch.set_num_threads(threads)
+        CONDITIONS["threads"] = threads
         torch.use_deterministic_algorithms(mode=True)
     return params
 

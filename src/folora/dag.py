@@ -148,6 +148,15 @@ def _parameter_changes(recorded: dict[str, Any], current: dict[str, Any]) -> lis
     ]
 
 
+def output_hashes(root: Path) -> dict[str, dict[str, str | None]]:
+    """Hash of every output as it lies here, by stage and path, as ``dvc.lock`` would have it; None if it is missing."""
+    with _repository(root) as repo:
+        return {
+            stage.addressing: {out.def_path: out.get_hash().value if out.exists else None for out in stage.outs}
+            for stage in repo.index.stages
+        }
+
+
 def record_stages(root: Path, names: list[str]) -> None:
     """Record stages that have just run, as ``dvc commit --force`` does for one, but reading and writing the lock once.
 

@@ -27,9 +27,9 @@ from folora.storage import (
     METRICS_FILE,
     TOKENS_FILE,
     check_fields,
-    digest_of,
     digest_of_file,
     digest_of_folder,
+    identity_of,
     publish,
     read_table,
     write_table,
@@ -156,7 +156,7 @@ def evaluate_method(
     for name in params.runs_of(method):
         manifest = read_manifest(runs / name, run=name, **base.identity)
         check_fields(runs / name, manifest["params"], **run_params(params, name))
-        digests[name] = digest_of(manifest)
+        digests[name] = identity_of(manifest)
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
     with scratch(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from folora.base import check_model, digests, pinned_folder
 from folora.errors import FoLoRAError
 from folora.params import Loading
-from folora.storage import FORMAT, MANIFEST_FILE, Manifest, digest_of_file, publish, require, write_json
+from folora.storage import FORMAT, MANIFEST_FILE, Manifest, digest_of_file, made_with, publish, require, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
 
 if TYPE_CHECKING:
@@ -43,7 +43,9 @@ def train_foundation(settings: OfflineFoundation, world: World, output: Path) ->
         tokenizer.save_pretrained(folder)
         write_json(
             folder / MANIFEST_FILE,
-            _manifest(folder, LOADING, None, None) | {"foundation": settings.model_dump(), "world": world.model_dump()},
+            _manifest(folder, LOADING, None, None)
+            | {"foundation": settings.model_dump(), "world": world.model_dump()}
+            | made_with(),
         )
 
 
@@ -95,7 +97,7 @@ def convert_gguf(file: Path, loading: Loading, output: Path) -> None:
         tokenizer.save_pretrained(folder)
         check_model(folder, loading)
         about = {"gguf": {"file": file.name, "digest": digest_of_file(file)}}
-        write_json(folder / MANIFEST_FILE, _manifest(folder, loading, None, None) | about)
+        write_json(folder / MANIFEST_FILE, _manifest(folder, loading, None, None) | about | made_with())
 
 
 def _manifest(folder: Path, loading: Loading, source: str | None, commit: str | None) -> Manifest:

@@ -42,7 +42,8 @@ def hold(what: Path) -> Iterator[None]:
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         who = {"process": os.getpid(), "machine": socket.gethostname(), "user": _user(), "since": since}
-        path.with_suffix(".json").write_text(json.dumps(who))
+        with suppress(OSError):  # on a full disk a second process is told less
+            path.with_suffix(".json").write_text(json.dumps(who))
         yield
     finally:
         lock.release()

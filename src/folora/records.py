@@ -27,6 +27,7 @@ from folora.storage import (
     digest_of,
     digest_of_file,
     fields_of,
+    identity_of,
     read_json,
     read_table,
     require,
@@ -46,7 +47,7 @@ class Card:
     Attributes:
         run: its name in params.yaml.
         title: method, learning rate and seed, for people.
-        digest: of the manifest; two runs with equal digests are one.
+        digest: identity of the manifest; two runs with equal ones are one.
         tags: to filter and group by.
         params: everything the result depends on, flat, with dotted keys.
         datasets: stage that makes the data, SHA-256, and what it is used for.
@@ -159,7 +160,7 @@ def card_of(manifest: Manifest) -> Card:
     return Card(
         run=manifest["run"],
         title=f"{run['method']} · {run['learning_rate']:g} · {run['seed']}",
-        digest=digest_of(manifest),
+        digest=identity_of(manifest),
         tags={"method": run["method"], "kind": kind, "task": run["task"], "run": manifest["run"]},
         params=flatten({**values, "inputs": inputs, **identity}),
         datasets=[

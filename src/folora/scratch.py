@@ -11,12 +11,11 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
-from folora.storage import check_writable, digest_of, digest_of_folder, publish
+from folora.storage import check_writable, digest_of, digest_of_folder, publish, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,6 +67,4 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 @cache
 def _code() -> dict[str, str]:
     """Digest of this package and versions of what it computes with."""
-    libraries = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers")
-    own = digest_of_folder(Path(__file__).parent, "*.py")
-    return {"folora": own, **{name: version(name) for name in libraries}}
+    return {"folora": digest_of_folder(Path(__file__).parent, "*.py"), **versions()}

@@ -1,7 +1,8 @@
 """Artefacts on disk: written whole or not at all, each with a manifest that says what it was made from.
 
 A manifest is a flat JSON object. It lives in the metadata of a safetensors or Parquet file, or as ``manifest.json``
-in a folder. Readers compare it with what they expect and name the field that differs. Nothing is ever unpickled.
+in a folder. Readers compare it with what they expect and name the field that differs. Its field ``made_with`` names the
+libraries and threads: equal bytes are promised where these are equal. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import re
 import reprlib
 import shutil
 from contextlib import contextmanager, suppress
+from functools import cache
 from glob import escape
+from importlib.metadata import version
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +37,9 @@ M = TypeVar("M", bound="BaseModel")
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
+MADE_WITH = "made_with"
+LIBRARIES = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers")  # what artefacts are computed with
+CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them
 PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # half written, with the id of the process
 METRICS_FILE, ANSWERS_FILE, TOKENS_FILE = "metrics.parquet", "answers.parquet", "tokens.parquet"  # results
 METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run
@@ -105,6 +111,20 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def made_with() -> Manifest:
+    """Versions of libraries and the number of threads, as the manifest field that says what bytes depend on.
+
+    The build of a version, as in 2.13.0+cpu, is left out: bytes differ only where something that was computed does.
+    """
+    return {MADE_WITH: {name: text.partition("+")[0] for name, text in versions().items()} | CONDITIONS}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Installed versions of what artefacts are computed with."""
+    return {name: version(name) for name in LIBRARIES}
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -113,6 +133,11 @@ def canonical_json(value: Any) -> str:
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value, in hexadecimal."""
     return hashlib.sha256(canonical_json(value).encode(errors="surrogatepass")).hexdigest()
+
+
+def identity_of(manifest: Manifest) -> str:
+    """Digest of a manifest but for what it was made with: made again under another version, it is the same thing."""
+    return digest_of({field: value for field, value in manifest.items() if field != MADE_WITH})
 
 
 def digest_of_file(path: Path) -> str:
@@ -211,7 +236,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest)
     """Write tensors and their manifest to a safetensors file, whole or not at all."""
     import safetensors.torch
 
-    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **manifest})}
+    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **made_with(), **manifest})}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with publish(path) as partial:
         partial.write_bytes(safetensors.torch.save(contiguous, metadata))
@@ -254,7 +279,7 @@ def write_table(path: Path, table: pa.Table, manifest: Manifest) -> None:
     """Write a table and its manifest to a Parquet file, whole or not at all."""
     import pyarrow.parquet as pq
 
-    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **manifest})}
+    metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **made_with(), **manifest})}
     with publish(path) as partial:
         pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
 

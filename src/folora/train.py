@@ -32,6 +32,7 @@ from folora.storage import (
     FORMAT,
     MANIFEST_FILE,
     digest_of_file,
+    made_with,
     publish,
     read_table,
     write_json,
@@ -121,7 +122,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
             about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
             write_table(folder / "history.parquet", recorder.table(), about)
             write_json(folder / COVERAGE_FILE, [vars(one) for one in covered])
-            write_json(folder / MANIFEST_FILE, manifest)
+            write_json(folder / MANIFEST_FILE, manifest | made_with())
             if peft_adapter(folder):
                 log.adapter(folder / "adapter", rows.steps)
             # last: until then a full disk loses nothing

@@ -13,7 +13,7 @@ from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import JOURNALS, journal_path
 from folora.scratch import SCRATCH
-from folora.storage import MANIFEST_FILE, abandoned, digest_of, read_json
+from folora.storage import MANIFEST_FILE, abandoned, identity_of, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ def _books() -> Iterator[tuple[Path, str]]:
 
 def _journals(params: Params) -> Iterator[tuple[Path, str]]:
     manifests = [RUNS / run.method / name / MANIFEST_FILE for name, run in params.runs.items()]
-    kept = {journal_path(digest_of(read_json(manifest))) for manifest in manifests if manifest.exists()}
+    kept = {journal_path(identity_of(read_json(manifest))) for manifest in manifests if manifest.exists()}
     yield from ((path, "journal of a run that is gone") for path in JOURNALS.glob("*.jsonl") if path not in kept)
 
 

@@ -94,6 +94,28 @@ def why(
         print(*(line for reason in reasons for line in reason.lines()), sep="\n")
 
 
+@app.command(rich_help_panel=PANEL, epilog="Example: folora verify --against ../reference")
+def verify(
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another run, to compare files; left out: the hashes that git has.")
+    ] = None,
+    revision: Annotated[str, typer.Option(help="Commit whose dvc.lock has the hashes.")] = "HEAD",
+    as_json: AsJson = False,
+) -> None:
+    """Say whether the outputs here are those of another run: bit by bit, or within tolerances; exit code 1 if not."""
+    from folora.commands.verify import Verdict, level_of, summary, verify_files, verify_hashes
+
+    verdicts = verify_hashes(Path.cwd(), revision) if against is None else verify_files(Path.cwd(), against)
+    level = level_of(verdicts)
+    if as_json:
+        _print_json({"level": level, "stages": [vars(one) for one in verdicts]})
+    else:
+        print_table(Verdict.HEAD, [one.cells() for one in verdicts])
+        print(summary(verdicts))
+    if level is None:
+        raise typer.Exit(1)
+
+
 @app.command(rich_help_panel=PANEL, epilog="Example: folora doctor || echo mend this first")
 def doctor(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     """Check machine, environment and folder, and say what to do; exit code 1 if something is a problem."""

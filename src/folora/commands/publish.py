@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import base_records, read_record, source_tags
-from folora.storage import MANIFEST_FILE, METRICS_FILE, digest_of, read_json, read_table
+from folora.storage import MANIFEST_FILE, METRICS_FILE, identity_of, read_json, read_table
 from folora.tracking import send_all
 
 if TYPE_CHECKING:
@@ -64,5 +64,5 @@ def results_of(run: Path, metrics: Path) -> list[dict[str, Any]]:
     if not metrics.exists():
         return []
     table, about = read_table(metrics, artefact="metrics")
-    measured = about.get("runs", {}).get(run.name) == digest_of(read_json(run / MANIFEST_FILE))
+    measured = about.get("runs", {}).get(run.name) == identity_of(read_json(run / MANIFEST_FILE))
     return [row for row in table.to_pylist() if row["run"] == run.name] if measured else []
