@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
+from workspace import make_workspace, run
 
 from folora.base import Base, open_base
 from folora.params import Params, Tracking
@@ -213,6 +214,14 @@ def evaluations(pipeline: Pipeline, runs: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def by_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which ``dvc repro`` has run; tests leave it as it is."""
+    workspace = make_workspace(tmp_path_factory.mktemp("dvc"))
+    run(workspace, "dvc", "repro")
+    return workspace
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, for what MLflow writes beside its store."""
@@ -290,19 +299,19 @@ stages:
     deps: [source]
     params: [scale, table.depth]
     outs: [first.txt]
-    meta: {threads: 1, mem_mb: 1}
+    meta: {threads: 1, mem_mb: 1, runtime: 1}
   second:
     foreach: [a, b]
     do:
       cmd: cat first.txt first.txt > ${item}.txt
       deps: [first.txt]
       outs: ["${item}.txt"]
-      meta: {threads: 1, mem_mb: 1}
+      meta: {threads: 1, mem_mb: 1, runtime: 1}
   third:
     cmd: cat a.txt b.txt > third.txt
     deps: [a.txt, b.txt]
     outs: [third.txt]
-    meta: {threads: 1, mem_mb: 1}
+    meta: {threads: 1, mem_mb: 1, runtime: 1}
 """
 GRAPH_PARAMS = "scale: 1\ntable: {depth: {left: 2, right: 3}}\n"
 

@@ -13,20 +13,13 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from workspace import AUTHOR, change, lock, make_workspace, run, stale
+from workspace import AUTHOR, change, make_workspace, run, same_bytes, stale
 
 from folora.hold import hold
 
 pytestmark = pytest.mark.slow
 
 LORA, FOLORA = "train@lora-3e-3-s0", "train@folora-replay-1e-2-s0"
-
-
-@pytest.fixture(scope="module")
-def by_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workspace = make_workspace(tmp_path_factory.mktemp("dvc"))
-    run(workspace, "dvc", "repro")
-    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +30,7 @@ def by_snakemake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_runners_write_the_same_bytes(by_dvc: Path, by_snakemake: Path) -> None:
-    files = sorted(path.relative_to(by_dvc) for path in (by_dvc / "artifacts").rglob("*") if path.is_file())
-    assert any(path.name == "adapter_model.safetensors" for path in files)
-    for path in files:
-        assert (by_dvc / path).read_bytes() == (by_snakemake / path).read_bytes(), path
-    assert lock(by_dvc) == lock(by_snakemake)
+    same_bytes(by_dvc, by_snakemake)
 
 
 def test_after_either_runner_the_other_has_nothing_to_do(by_dvc: Path, by_snakemake: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,17 @@ def test_a_stage_has_the_threads_of_its_command(stages: dict[str, Stage]) -> Non
         assert stage.threads == (int(said.group(1)) if said else 1), stage.name
 
 
+def test_a_stage_asks_for_a_gpu_where_the_model_is_loaded_on_one(stages: dict[str, Stage], tmp_path: Path) -> None:
+    assert not any(stage.gpus for stage in stages.values())
+    for name in ("dvc.yaml", "workflow/presets/llama-3-8b.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name.rpartition("/")[2].replace("llama-3-8b", "params"))
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
+    with contextlib.chdir(tmp_path):
+        asking = {name.partition("@")[0] for name, stage in resolve_stages(Path()).items() if stage.gpus}
+    running = {name.partition("@")[0] for name, stage in stages.items() if "--foundation" in stage.command}
+    assert asking == running - {"task", "spectrum"} | {"foundation"}  # a foundation is pinned where its device is
+
+
 def test_rule_names_are_distinct_identifiers(stages: dict[str, Stage]) -> None:
     rules = [stage.rule for stage in stages.values()]
     assert len(set(rules)) == len(rules)
@@ -66,6 +79,7 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
         "console",
         "costs",
         "dag",
+        "devices",
         "errors",
         "finished",
         "git",
@@ -73,7 +87,7 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
         "hub",
         "library",
     }
-    wiring |= {"params", "presets", "records", "scratch", "storage", "tracking"}
+    wiring |= {"params", "presets", "processes", "records", "scratch", "storage", "tracking"}
     modules = {f"src/folora/{path.name}" for path in (ROOT / "src/folora").glob("*.py") if path.stem not in wiring}
     assert modules <= listed
     assert all((ROOT / path).exists() for path in listed)

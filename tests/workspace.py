@@ -50,6 +50,15 @@ def stale(workspace: Path) -> set[str]:
     return set(json.loads(run(workspace, "dvc", "status", "--json")))
 
 
+def same_bytes(one: Path, other: Path) -> None:
+    """Assert that two workspaces hold the same artefacts and record the same with DVC."""
+    files = sorted(path.relative_to(one) for path in (one / "artifacts").rglob("*") if path.is_file())
+    assert any(path.name == "adapter_model.safetensors" for path in files)
+    for path in files:
+        assert (one / path).read_bytes() == (other / path).read_bytes(), path
+    assert lock(one) == lock(other)
+
+
 def change(workspace: Path, key: str, value: object) -> None:
     """Set a dotted key of params.yaml."""
     yaml = YAML()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dvc.dependency import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
+from ruamel.yaml import YAML
 
 from folora.errors import FoLoRAError
 from folora.params import flatten
@@ -51,6 +52,8 @@ class Stage:
         outputs: what it writes; a path without a suffix is a folder.
         threads: cores it occupies.
         mem_mb: memory it may need.
+        runtime: minutes that a cluster should give it.
+        gpus: GPUs that it runs on; none where the model is loaded on the CPU.
     """
 
     name: str
@@ -60,6 +63,8 @@ class Stage:
     outputs: tuple[str, ...]
     threads: int
     mem_mb: int
+    runtime: int
+    gpus: int
 
     @property
     def rule(self) -> str:
@@ -85,6 +90,7 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
             raise FoLoRAError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from error
         outputs = {stage.addressing: tuple(out.def_path for out in stage.outs) for stage in stages}
         overlapping = _overlaps([output for paths in outputs.values() for output in paths])
+        on_gpu = _device(root / "params.yaml") == "cuda"
         resolved = {}
         for stage in stages:
             paths = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
@@ -97,6 +103,8 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
                 outputs=outputs[stage.addressing],
                 threads=int(stage.meta["threads"]),
                 mem_mb=int(stage.meta["mem_mb"]),
+                runtime=int(stage.meta["runtime"]),
+                gpus=int(stage.meta.get("gpus", 0)) if on_gpu else 0,
             )
         return resolved
 
@@ -185,6 +193,11 @@ def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
         if grown == found:
             return found
         found = grown
+
+
+def _device(params: Path) -> str | None:
+    """Where the parameters load the model; None for the offline foundation, which knows the CPU only."""
+    return flatten(YAML(typ="safe").load(params)).get("foundation.loading.device")
 
 
 def _overlaps(outputs: list[str]) -> Callable[[str], list[str]]:

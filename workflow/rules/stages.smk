@@ -16,6 +16,8 @@ for stage in STAGES.values():
         threads: stage.threads
         resources:
             mem_mb=stage.mem_mb,
+            runtime=stage.runtime,
+            gpu=stage.gpus,
         params:
             command=stage.command,
             mark=mark_of(stage.name),

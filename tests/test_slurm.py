@@ -1,0 +1,80 @@
+"""The tiny pipeline on a Slurm cluster of one node, with the profile that users start from."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from cluster import cluster, missing
+from workspace import change, make_workspace, run, same_bytes, stale
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PLUGIN = find_spec("snakemake_executor_plugin_slurm")
+REASON = missing() or ("" if PLUGIN else "no executor plugin: pip install 'folora[slurm]'")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
+
+COMMAND = ("snakemake", "--profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with cluster(tmp_path_factory.mktemp("slurm")):
+        yield
+
+
+def test_a_cluster_writes_the_bytes_of_a_local_run(by_dvc: Path, tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path)
+    said = run(workspace, *COMMAND)
+    assert said.count("submitted with SLURM jobid") == len(list((workspace / "logs").glob("*.log"))) > 10
+    same_bytes(by_dvc, workspace)
+    assert stale(workspace) == set()
+    assert "Nothing to be done" in run(workspace, *COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "status"),
+    [
+        ("lora-3e-3-s0", "scancel {job}", "CANCELLED"),
+        ("folora-replay-1e-2-s0", "scontrol update JobId={job} EndTime=now", "TIMEOUT"),
+    ],
+)
+def test_a_job_that_is_stopped_is_sent_again_and_goes_on(
+    name: str, stop: str, status: str, by_dvc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, workspace = tmp_path / "undisturbed", tmp_path / "disturbed"
+    for folder in (undisturbed, workspace):
+        shutil.copytree(by_dvc, folder)
+        change(folder, "train.steps", 60)
+        change(folder, "train.log_every", 1)
+    monkeypatch.setenv("FOLORA_SAVE_SECONDS", "0")
+    rule = f"train_{name.replace('-', '_')}"
+    with subprocess.Popen([*COMMAND, rule], cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
+        _freeze_training(workspace)
+        running = run(workspace, "squeue", "--noheader", "--states=R", "--format=%i %k")
+        job = next(line.split()[0] for line in running.splitlines() if rule in line)
+        run(workspace, *stop.format(job=job).split())
+        said = process.communicate()[1]
+    assert process.returncode == 0, said
+    assert said.count("Trying to restart job") == 1
+    assert f"{job} {status}" in run(workspace, "squeue", "--states=all", "--noheader", "--format=%i %T")
+    run(undisturbed, "dvc", "repro", f"train@{name}")
+    same_bytes(undisturbed, workspace)
+
+
+def _freeze_training(workspace: Path) -> None:
+    """Stop the only training of a workspace once it has saved a state; Slurm wakes it to end it."""
+    deadline = time.monotonic() + 120
+    while not list(workspace.glob(".folora/scratch/*/checkpoint-*/seal.json")):
+        assert time.monotonic() < deadline, "the training has saved no state"
+        time.sleep(0.05)
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if process.info["cwd"] == str(workspace) and "--task-rows" in (process.info["cmdline"] or []):
+            process.suspend()
