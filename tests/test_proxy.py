@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folora.params import Proxy
-from folora.proxy import generate_proxy, invert, sample, sequence_seed, uniform_numbers
-from folora.storage import read_table
+from folora.proxy import generate_proxy, invert, loops, sample, sequence_seed, uniform_numbers
+from folora.storage import read_table, read_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -210,3 +210,28 @@ def test_bad_corpus_is_one_line(
         run["proxy"] = "other"
     arguments = ("--foundation", pipeline.foundation, "--threads", 1, "--params", save_params(values))
     assert expected in refused("proxy", "other", "0", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, *range(50, 90)], False),
+        ([1, *range(50, 90), *[7] * 16], False),  # its first token does not repeat one
+        ([1, *range(50, 90), *[7] * 17], True),
+        ([1, *range(50, 90), *[7, 8, 9] * 7], True),
+        ([1, *[7] * 15], False),
+        ([1, *range(200), *[7] * 40], False),  # less than its last quarter
+        ([1, *range(100), *[7] * 40], True),
+        ([1, *range(50, 90), *[7] * 30, 2], False),  # it came out of the loop, and ended
+    ],
+)
+def test_a_text_that_ends_by_repeating_itself_loops(ids: list[int], expected: bool) -> None:
+    assert loops(ids) == expected
+
+
+def test_loops_are_counted_up_to_the_spectrum(pipeline: Pipeline) -> None:
+    table, manifest = read_table(pipeline.proxy / "0.parquet", artefact="proxy")
+    assert manifest["sequences"] == len(table)
+    assert manifest["loops"] == sum(map(loops, table["token_ids"].to_pylist()))
+    about = read_tensors(pipeline.spectrum, artefact="spectrum")[1]
+    assert about["sequences"] == len(pipeline.params.proxy.shards) * pipeline.params.proxy.sequences

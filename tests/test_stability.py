@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from folora.health import too_many_loops
 from folora.pencil import normalise, solve
 from folora.stability import gate_difference, tokens_needed
 
@@ -65,3 +66,10 @@ def test_as_many_tokens_as_are_needed_are_enough() -> None:
 def test_a_half_without_a_definite_penalty_is_unknown() -> None:
     assert gate_difference(text(2, 3), text(3, 60), UTILITY, 0.0) is None
     assert gate_difference(torch.zeros(WIDTH, WIDTH, dtype=torch.float64), text(3, 60), UTILITY, RIDGE) is None
+
+
+@pytest.mark.parametrize(("count", "warned"), [(0, False), (5, False), (6, True)])
+def test_proxy_text_that_loops_is_named(count: int, warned: bool) -> None:
+    warning = too_many_loops(100, count)
+    assert (warning is not None) == warned
+    assert not warned or "6 of 100 sequences of the proxy text end in a loop" in str(warning)

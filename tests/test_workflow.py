@@ -80,6 +80,7 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
         "costs",
         "dag",
         "devices",
+        "energy",
         "errors",
         "finished",
         "git",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
@@ -17,7 +18,15 @@ from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
 from folora.proxy import PROXY_COLUMNS
 from folora.scratch import save_seconds, scratch
-from folora.storage import digest_of_file, fields_of, read_table, read_tensors, with_columns, write_tensors
+from folora.storage import (
+    digest_of_file,
+    fields_of,
+    read_table,
+    read_tensors,
+    tensor_manifest,
+    with_columns,
+    write_tensors,
+)
 from folora.task import TASK_COLUMNS
 
 if TYPE_CHECKING:
@@ -62,7 +71,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         "artefact": "covariance",
         **base.identity,
         "rows": digest_of_file(rows),
-        **{field: manifest[field] for field in ("proxy", "shard", "task") if field in manifest},
+        **{field: manifest[field] for field in ("proxy", "shard", "sequences", "loops", "task") if field in manifest},
         **({"task_rows": settings.task_rows} if "task" in manifest else {}),
         "positions": positions,
         "groups": groups,
@@ -202,6 +211,16 @@ def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> 
             total.add(shard)
     assert total is not None, "params.py asks for at least one shard"
     return total, groups
+
+
+def read_text_counts(paths: list[Path]) -> dict[str, int]:
+    """How many ``sequences`` the proxy text of some shards has, and how many of them end in a loop (``loops``)."""
+    counts = dict.fromkeys(("sequences", "loops"), 0)
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            manifest = tensor_manifest(file, path, artefact="covariance")
+        counts = {field: count + manifest[field] for field, count in counts.items()}
+    return counts
 
 
 def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:

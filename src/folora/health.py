@@ -18,6 +18,8 @@ STORED, SINGLE = 1e-3, 1e-6
 # Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
 GATE_DIFFERENCE = 0.05
 
+LOOPING = 0.05  # share of the proxy text's sequences that may end in a loop
+
 Share = Annotated[float, Field(ge=0)]
 
 
@@ -50,6 +52,8 @@ class SpectrumManifest(BaseModel):
     proxy_tokens: Annotated[int, Field(ge=1)]
     task_tokens: Annotated[int, Field(ge=1)]
     health: dict[str, HealthRecord]
+    sequences: Annotated[int, Field(ge=1)]
+    loops: Annotated[int, Field(ge=0)]
 
     @model_validator(mode="after")
     def _every_input_has_a_record(self) -> SpectrumManifest:
@@ -69,6 +73,14 @@ def breaches(health: dict[str, HealthRecord]) -> list[str]:
         )
         if value > limit
     ]
+
+
+def too_many_loops(sequences: int, loops: int) -> str | None:
+    """One line where more of the proxy text than ``LOOPING`` repeats itself; None where it does not."""
+    if loops <= LOOPING * sequences:
+        return None
+    advice = "sample at a higher temperature, or shorter sequences"
+    return f"{loops:,} of {sequences:,} sequences of the proxy text end in a loop: {advice}"
 
 
 def too_few_tokens(health: dict[str, Any], tokens: int) -> str | None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from folora.params import Proxy
 
 PROXY_COLUMNS = {"token_ids": "[int32]"}  # that readers of proxy text use
+SHORTEST_LOOP = 16  # tokens
 HELDOUT = "heldout"  # stands for the shard in the manifest and in the seeds
 
 
@@ -99,7 +100,8 @@ def _write(
                 return [astuple(one) for one in draw(uniforms)]
 
             samples += [Sample(*one) for one in kept(unfinished / f"{start}.json", batch)]
-        write_table(output, _table(samples, seeds, base.load_tokenizer()), about)
+        counts = {"sequences": count, "loops": sum(loops(one.token_ids) for one in samples)}
+        write_table(output, _table(samples, seeds, base.load_tokenizer()), about | counts)
 
 
 def _table(samples: list[Sample], seeds: list[int], tokenizer: PreTrainedTokenizerBase) -> pa.Table:
@@ -151,6 +153,15 @@ def _from_vocabulary(base: Base) -> Draw:
 def sequence_seed(seed: int, shard: str, index: int) -> int:
     """A 64-bit seed for one sequence; different for every (seed, shard, index)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{shard}/{index}".encode()).digest()[:8])
+
+
+def loops(ids: list[int]) -> bool:
+    """Whether a text ends by repeating itself: at least its last 16 tokens, and its last quarter.
+
+    A model that is stuck in a loop says little of what it knows, and moments count every token of it.
+    """
+    tail = max(SHORTEST_LOOP, len(ids) // 4)
+    return any(ids[-tail:] == ids[-tail - period : -period] for period in range(1, tail // 2 + 1))
 
 
 def uniform_numbers(seeds: list[int], length: int) -> Tensor:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from folora.covariance import read_moments
+from folora.covariance import read_moments, read_text_counts
 from folora.errors import FoLoRAError
-from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens
+from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens, too_many_loops
 from folora.pencil import LayerSpectrum, Spectrum, solve_spectrum
 from folora.stability import stability
 from folora.storage import fields_of, read_tensors, write_tensors
@@ -60,8 +60,10 @@ def compute_spectrum(
         for name, one in spectrum.inputs.items()
     }
     _refuse_breaches(output, {name: HealthRecord.model_validate(record) for name, record in health.items()})
-    if warning := too_few_tokens(health, proxy.tokens):
-        logger.warning("%s, %s: %s", task, source, warning)
+    text = read_text_counts([path for path, _ in shards])
+    for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
+        if warning:
+            logger.warning("%s, %s: %s", task, source, warning)
     manifest = {
         "artefact": "spectrum",
         **base.identity,
@@ -72,6 +74,7 @@ def compute_spectrum(
         "proxy_tokens": proxy.tokens,
         "task_tokens": target.tokens,
         "health": health,
+        **text,
     }
     write_tensors(output, tensors, manifest)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from folora.health import breaches, too_few_tokens
+from folora.health import breaches, too_few_tokens, too_many_loops
 from folora.methods.folora import FoLoRA
 
 if TYPE_CHECKING:
@@ -85,8 +85,12 @@ def _cell(value: Any, style: str) -> str:
 
 def health_alarms(spectrum: Spectrum) -> list[str]:
     """One line for whatever makes the λ of this spectrum, or gates made of them, less than certain."""
-    warning = too_few_tokens(spectrum.manifest["health"], spectrum.manifest["proxy_tokens"])
-    return [*breaches(spectrum.health), *([warning] if warning else [])]
+    about = spectrum.manifest
+    warnings = (
+        too_few_tokens(about["health"], about["proxy_tokens"]),
+        too_many_loops(about["sequences"], about["loops"]),
+    )
+    return [*breaches(spectrum.health), *filter(None, warnings)]
 
 
 def health_note(spectrum: Spectrum) -> str:
@@ -104,5 +108,6 @@ def health_note(spectrum: Spectrum) -> str:
         f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {worst['residual']:.0e}, "
         f"deviation from orthonormality {worst['orthonormality']:.0e}, condition {worst['condition']:.0e}; "
         f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}. "
-        f"Two halves of the proxy text {halves}.{shut}"
+        f"Two halves of the proxy text {halves}; {spectrum.manifest['loops']:,} of its "
+        f"{spectrum.manifest['sequences']:,} sequences end in a loop.{shut}"
     )
