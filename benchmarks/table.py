@@ -13,7 +13,7 @@ from typing import Any
 from bench import Row, spread
 
 BEGIN, END = "<!-- made by benchmarks/table.py: begin -->", "<!-- end -->"
-ORDER = ("moments", "spectrum", "truncated", "training_step", "sampling", "start", "nothing_to_do")
+ORDER = ("moments", "spectrum", "truncated", "training_step", "sampling", "evaluation", "start", "nothing_to_do")
 HEAD = ["what", "peer or limit", "work", "ours", "peer", "ratio", "asked", ""]
 
 
