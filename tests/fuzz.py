@@ -348,6 +348,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     adapter = folder / "adapter"
     write_adapter(made, adapter)
     (folder / "run" / "checkpoints" / "6").mkdir(parents=True)
+    (folder / "run" / "checkpoints" / "6" / "x").touch()
     manifest = run_manifest(params, run_name, base, TrainInputs(made.task, made.proxy, made.heldout, made.spectrum))
     write_json(folder / "run" / "manifest.json", manifest)
     history = pa.Table.from_pylist([{"step": 1, "loss": 0.5, "penalty": 0.1, "utility": 0.2, "kl": 0.01}])
@@ -415,7 +416,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
         "table": one("x.parquet", made.proxy / "0.parquet", partial(read_table, artefact="proxy"), 2),
         "task rows": one("x.parquet", made.task, task_row, 0.3),
         "report": several(folder / "report", read_report, 0.3, "*.parquet"),
-        "run": several(folder / "run", lambda place: read_record(place, [], {}), 2),
+        "run": several(folder / "run", lambda place: read_record(place, [], {}), 2, "*.json", "*.parquet"),
         "export": one("adapter_config.json", config, lambda path: export_of(path.parent), 2),
         "serving": one("adapter_config.json", config, lambda path: usage_of("x", path.parent, "m"), 2),
         "adapter": several(adapter, read_adapter, 0.15),
@@ -517,13 +518,11 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
     with chdir(folder):
+        write_missing(reader, place)
+        reader.read(place)  # as long as nothing is wrong with it
         for number in cases:
             chance = random.Random(f"{seed} {name} {number}")
-            # readers of folders may remove what is damaged
-            for path, content in reader.files.items():
-                if not (place / path).exists():
-                    (place / path).parent.mkdir(parents=True, exist_ok=True)
-                    (place / path).write_bytes(content)
+            write_missing(reader, place)
             chosen = chance.choice(reader.mutated)
             (place / chosen).write_bytes(mutate(chosen, reader.files[chosen], others, chance))
             problem = attempt(reader, place, folder, outcome)
@@ -542,6 +541,14 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
     if outcome.growth > GROWTH:
         outcome.problems[f"memory grew by {outcome.growth / 2**20:.0f} MiB"] += 1
     return outcome
+
+
+def write_missing(reader: Reader, place: Path) -> None:
+    """Write the files that are not there: readers of folders may remove what is damaged."""
+    for path, content in reader.files.items():
+        if not (place / path).exists():
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).write_bytes(content)
 
 
 def attempt(reader: Reader, place: Path, folder: Path, outcome: Outcome) -> str | None:

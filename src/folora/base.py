@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from folora.errors import FoLoRAError
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-# what transformers raises of a configuration that is damaged
-CONFIGURATION_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
 
 
@@ -177,7 +174,7 @@ def check_model(folder: Path, loading: Loading) -> None:
     check_device(loading.device)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
-    except CONFIGURATION_ERRORS as error:
+    except configuration_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
     if getattr(config, "quantization_config", None) is not None:
@@ -189,6 +186,13 @@ def check_model(folder: Path, loading: Loading) -> None:
             what = ", ".join(named) or type(config).__name__
             raise FoLoRAError(f"{folder}: is a {what}, not a causal language model: name one that is")
     load_tokenizer(folder, loading)
+
+
+def configuration_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises of a configuration that is damaged."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError
 
 
 def check_device(device: str) -> None:
@@ -215,7 +219,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, CONFIGURATION_ERRORS):
+        if type(error) is not Exception and not isinstance(error, configuration_errors()):
             raise
         reason = " ".join(str(error).split())[:200]  # the tokenizers library raises the bare class
         raise FoLoRAError(f"{folder}: its tokenizer cannot be read: {reason}") from error

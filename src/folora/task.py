@@ -29,8 +29,11 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
 TASK_COLUMNS = {"input_ids": "[int32]", "loss_mask": "[bool]"}
+DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
+# what the libraries raise of a file that is damaged, beside their own errors
+ROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 # what a template may raise beside jinja2's own errors, whatever it computes
-TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -108,7 +111,7 @@ def read_rows(dataset: str, key: str) -> Dataset:
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     try:
         rows = _load(path)
-    except (DatasetGenerationError, ArrowException, csv.Error, ValueError, OverflowError, RecursionError) as error:
+    except (DatasetGenerationError, ArrowException, csv.Error, *ROW_ERRORS) as error:
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):
@@ -126,7 +129,16 @@ def _load(path: Path) -> Dataset:
         rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
     if not all(isinstance(row, dict) and None not in row for row in rows):
         raise ValueError("a line is no table of columns, or has more than the first line names")
+    if max(map(_depth, rows), default=0) > DEEPEST:
+        raise ValueError(f"a value is nested more than {DEEPEST} deep")
     return Dataset.from_list(rows)
+
+
+def _depth(value: Any) -> int:
+    """How deep a JSON value is nested: 0 of a number."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
 
 
 def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:
