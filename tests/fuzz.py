@@ -407,7 +407,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     small_moments, small_spectrum = (_first_inputs(path) for path in (made.task_moments, made.spectrum))
     config = (adapter / "adapter_config.json").read_bytes()
     return {
-        "params": one("params.yaml", tiny_yaml, load_params, 0.15),
+        "params": one("params.yaml", tiny_yaml, load_params, 0.5),
         "json": one("x.json", json.dumps(manifest).encode(), manifest_read, 6),
         "tensors": one("x.safetensors", small, partial(read_tensors, artefact="x"), 4),
         "moments": one("x.safetensors", small_moments, lambda path: read_moments([(path, {})]), 2),
@@ -415,21 +415,21 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
         "report spectrum": one("x.safetensors", small_spectrum, inputs.read_spectrum, 2),
         "table": one("x.parquet", made.proxy / "0.parquet", partial(read_table, artefact="proxy"), 2),
         "task rows": one("x.parquet", made.task, task_row, 0.3),
-        "report": several(folder / "report", read_report, 0.3, "*.parquet"),
+        "report": several(folder / "report", read_report, 0.5, "*.parquet"),
         "run": several(folder / "run", lambda place: read_record(place, [], {}), 2, "*.json", "*.parquet"),
         "export": one("adapter_config.json", config, lambda path: export_of(path.parent), 2),
         "serving": one("adapter_config.json", config, lambda path: usage_of("x", path.parent, "m"), 2),
-        "adapter": several(adapter, read_adapter, 0.15),
+        "adapter": several(adapter, read_adapter, 1),
         "checkpoint": one("weights.safetensors", saved, read_checkpoint, 0.5),
         "state": several(folder / "state", last_state, 1, f"*/{SEAL_FILE}"),
         "base": several(made.foundation, open_base, 1),
-        "model folder": several(made.foundation, lambda place: check_model(place, loading), 0.1, "*.json"),
+        "model folder": several(made.foundation, lambda place: check_model(place, loading), 1, "*.json"),
         "template": one("x.jinja", b"{{ prompt }} = {{ response }}", template, 2),
         "chat template": one("x.jinja", chat, read_chat, 1),
         "chat": one("x.json", json.dumps(turns).encode(), read_turns, 2),
         **{
             f"rows.{kind}": one(f"x.{kind}", table / f"x.{kind}", lambda path: read_rows(str(path), "x"), share)
-            for kind, share in (("csv", 0.5), ("jsonl", 0.5), ("parquet", 0.03))
+            for kind, share in (("csv", 0.5), ("jsonl", 0.5), ("parquet", 0.1))
         },
     }
 
