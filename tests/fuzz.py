@@ -451,6 +451,7 @@ def write_adapter(made: Pipeline, folder: Path) -> None:
     """A LoRA adapter with random weights, made by PEFT alone."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)
     model = get_peft_model(made.base.load_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.storage import write_table
+from folora.storage import with_columns, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
-TASK_COLUMNS = {"input_ids": "[int32]", "loss_mask": "[bool]"}
 DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
 # what the libraries raise of a file that is damaged, beside their own errors
 ROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
@@ -84,6 +84,19 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     )
     about = {"artefact": "task", **base.identity, "task": settings.model_dump()}
     write_table(output, table, about | {"rows": len(made), "dropped": dropped, "cut": cut})
+
+
+def masked_rows(path: Path, table: pa.Table) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of every row of the stage's table, and which of them are learned; ``path`` names it in errors.
+
+    Raises:
+        FoLoRAError: a column is missing, of another type or of other lengths.
+    """
+    table = with_columns(path, table, {"input_ids": "[int32]", "loss_mask": "[bool]"})
+    rows = list(zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True))
+    if any(len(ids) != len(mask) for ids, mask in rows):
+        raise FoLoRAError(f"{path}: a row has other tokens than marks of what is learned: run the task stage again")
+    return rows
 
 
 def read_rows(dataset: str, key: str) -> Dataset:
