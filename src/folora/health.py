@@ -16,7 +16,7 @@ STORED, SINGLE = 1e-3, 1e-6
 # Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
 GATE_DIFFERENCE = 0.05
 
-Share = Annotated[float, Field(ge=0)]
+Size = Annotated[float, Field(ge=0)]
 
 
 class HealthRecord(BaseModel):
@@ -26,15 +26,15 @@ class HealthRecord(BaseModel):
 
     width: Annotated[int, Field(ge=1)]
     shrinkage: Annotated[float, Field(ge=0, le=0.5)]
-    residual: Share
-    orthonormality: Share
-    condition: Share
-    top_share: Share
-    penalty_rank: Share
-    utility_rank: Share
-    proxy_fourth: Share
-    tokens_per_width: Share | None = None
-    gate_difference: Share | None = None
+    residual: Size
+    orthonormality: Size
+    condition: Size
+    top_share: Size
+    penalty_rank: Size
+    utility_rank: Size
+    proxy_fourth: Size
+    tokens_per_width: Size | None = None
+    gate_difference: Size | None = None
     tokens_needed: Annotated[int, Field(ge=0)] | None = None
 
 

@@ -59,7 +59,6 @@ def compute_spectrum(
         name: {**one.health, "proxy_fourth": one.proxy_fourth, **stability(proxy, first, name, one)}
         for name, one in spectrum.inputs.items()
     }
-    _refuse_breaches(output, {name: HealthRecord.model_validate(record) for name, record in health.items()})
     if warning := too_few_tokens(health, proxy.tokens):
         logger.warning("%s, %s: %s", task, source, warning)
     manifest = {
@@ -73,6 +72,7 @@ def compute_spectrum(
         "task_tokens": target.tokens,
         "health": health,
     }
+    _refuse_breaches(output, fields_of(output, SpectrumManifest, manifest).health)
     write_tensors(output, tensors, manifest)
 
 
