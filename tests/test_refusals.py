@@ -57,6 +57,7 @@ def test_half_precision_weights_become_float32(tiny: Path) -> None:
         ("tokenizer.json", "{", "its tokenizer cannot be read: "),
         ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "its configuration cannot be read: "),
         ("config.json", "[]", "its configuration cannot be read: "),
+        ("config.json", '{"model_type": "llama", "architectures": [["x"]]}', "is a \\['x'\\], not a causal language"),
     ],
 )
 def test_a_damaged_model_of_others_is_named(name: str, content: str, expected: str, tiny: Path) -> None:

@@ -174,6 +174,7 @@ def check_model(folder: Path, loading: Loading) -> None:
     check_device(loading.device)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        named = [str(name) for name in config.architectures or []]
     except configuration_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
@@ -181,7 +182,6 @@ def check_model(folder: Path, loading: Loading) -> None:
         raise FoLoRAError(f"{folder}: its weights are quantised: name the model that they were made from")
     if not hasattr(config, "auto_map"):  # code of its own says itself what it is
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        named = config.architectures or []
         if made is None or config.is_encoder_decoder or (named and made.__name__ not in named):
             what = ", ".join(named) or type(config).__name__
             raise FoLoRAError(f"{folder}: is a {what}, not a causal language model: name one that is")
