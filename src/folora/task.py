@@ -31,7 +31,7 @@ Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
 DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
 # what the libraries raise of a file that is damaged, beside their own errors
-ROW_ERRORS = (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
+ROW_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 # what a template may raise beside jinja2's own errors, whatever it computes
 TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
