@@ -348,6 +348,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     adapter = folder / "adapter"
     write_adapter(made, adapter)
     (folder / "run" / "checkpoints" / "6").mkdir(parents=True)
+    (folder / "run" / "checkpoints" / "6" / "x").touch()
     manifest = run_manifest(params, run_name, base, TrainInputs(made.task, made.proxy, made.heldout, made.spectrum))
     write_json(folder / "run" / "manifest.json", manifest)
     history = pa.Table.from_pylist([{"step": 1, "loss": 0.5, "penalty": 0.1, "utility": 0.2, "kl": 0.01}])
@@ -406,7 +407,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     small_moments, small_spectrum = (_first_inputs(path) for path in (made.task_moments, made.spectrum))
     config = (adapter / "adapter_config.json").read_bytes()
     return {
-        "params": one("params.yaml", tiny_yaml, load_params, 0.15),
+        "params": one("params.yaml", tiny_yaml, load_params, 0.5),
         "json": one("x.json", json.dumps(manifest).encode(), manifest_read, 6),
         "tensors": one("x.safetensors", small, partial(read_tensors, artefact="x"), 4),
         "moments": one("x.safetensors", small_moments, lambda path: read_moments([(path, {})]), 2),
@@ -414,21 +415,21 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
         "report spectrum": one("x.safetensors", small_spectrum, inputs.read_spectrum, 2),
         "table": one("x.parquet", made.proxy / "0.parquet", partial(read_table, artefact="proxy"), 2),
         "task rows": one("x.parquet", made.task, task_row, 0.3),
-        "report": several(folder / "report", read_report, 0.3, "*.parquet"),
-        "run": several(folder / "run", lambda place: read_record(place, [], {}), 2),
+        "report": several(folder / "report", read_report, 0.5, "*.parquet"),
+        "run": several(folder / "run", lambda place: read_record(place, [], {}), 2, "*.json", "*.parquet"),
         "export": one("adapter_config.json", config, lambda path: export_of(path.parent), 2),
         "serving": one("adapter_config.json", config, lambda path: usage_of("x", path.parent, "m"), 2),
-        "adapter": several(adapter, read_adapter, 0.15),
+        "adapter": several(adapter, read_adapter, 1),
         "checkpoint": one("weights.safetensors", saved, read_checkpoint, 0.5),
         "state": several(folder / "state", last_state, 1, f"*/{SEAL_FILE}"),
         "base": several(made.foundation, open_base, 1),
-        "model folder": several(made.foundation, lambda place: check_model(place, loading), 0.1, "*.json"),
+        "model folder": several(made.foundation, lambda place: check_model(place, loading), 1, "*.json"),
         "template": one("x.jinja", b"{{ prompt }} = {{ response }}", template, 2),
         "chat template": one("x.jinja", chat, read_chat, 1),
         "chat": one("x.json", json.dumps(turns).encode(), read_turns, 2),
         **{
             f"rows.{kind}": one(f"x.{kind}", table / f"x.{kind}", lambda path: read_rows(str(path), "x"), share)
-            for kind, share in (("csv", 0.5), ("jsonl", 0.5), ("parquet", 0.03))
+            for kind, share in (("csv", 0.5), ("jsonl", 0.5), ("parquet", 0.1))
         },
     }
 
@@ -450,6 +451,7 @@ def write_adapter(made: Pipeline, folder: Path) -> None:
     """A LoRA adapter with random weights, made by PEFT alone."""
     from peft import LoraConfig, get_peft_model
 
+    torch.manual_seed(0)
     model = get_peft_model(made.base.load_model(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -517,13 +519,11 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
     with chdir(folder):
+        write_missing(reader, place)
+        reader.read(place)  # as long as nothing is wrong with it
         for number in cases:
             chance = random.Random(f"{seed} {name} {number}")
-            # readers of folders may remove what is damaged
-            for path, content in reader.files.items():
-                if not (place / path).exists():
-                    (place / path).parent.mkdir(parents=True, exist_ok=True)
-                    (place / path).write_bytes(content)
+            write_missing(reader, place)
             chosen = chance.choice(reader.mutated)
             (place / chosen).write_bytes(mutate(chosen, reader.files[chosen], others, chance))
             problem = attempt(reader, place, folder, outcome)
@@ -542,6 +542,14 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
     if outcome.growth > GROWTH:
         outcome.problems[f"memory grew by {outcome.growth / 2**20:.0f} MiB"] += 1
     return outcome
+
+
+def write_missing(reader: Reader, place: Path) -> None:
+    """Write the files that are not there: readers of folders may remove what is damaged."""
+    for path, content in reader.files.items():
+        if not (place / path).exists():
+            (place / path).parent.mkdir(parents=True, exist_ok=True)
+            (place / path).write_bytes(content)
 
 
 def attempt(reader: Reader, place: Path, folder: Path, outcome: Outcome) -> str | None:

@@ -98,7 +98,11 @@ def test_heads_must_divide_the_width(tiny_values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("a: [1", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"), ("", "a table"), ("- 1", "a table")],
+    [
+        *(("a: [1", "not valid YAML"), ("a: 1\na: 2", "not valid YAML"), ("", "a table"), ("- 1", "a table")),
+        *((f"a: {'[' * 60}{']' * 60}", "nests more than 50 brackets"), ("a: 2024-99-99", "not valid YAML")),
+        ("methods: {a: {kind: {b: 1}}}", "methods"),
+    ],
 )
 def test_what_is_no_table_is_one_line(content: str, expected: str, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "p.yaml").write_text(content)

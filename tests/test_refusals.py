@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from folora.base import digests, open_base
+from folora.adapter import load_checkpoint
+from folora.base import check_model, digests, open_base
 from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, evaluate_method
 from folora.params import Params
@@ -47,6 +48,38 @@ def test_half_precision_weights_become_float32(tiny: Path) -> None:
     open_base(foundation).load_model().bfloat16().save_pretrained(foundation)
     write_json(foundation / "manifest.json", read_json(foundation / "manifest.json") | digests(foundation))
     assert open_base(foundation).load_model().dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("tokenizer.json", "{}", "its tokenizer cannot be read: "),
+        ("tokenizer.json", "{", "its tokenizer cannot be read: "),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "its configuration cannot be read: "),
+        ("config.json", "[]", "its configuration cannot be read: "),
+        ("config.json", '{"model_type": "llama", "architectures": [["x"]]}', "is a \\['x'\\], not a causal language"),
+    ],
+)
+def test_a_damaged_model_of_others_is_named(name: str, content: str, expected: str, tiny: Path) -> None:
+    loading = open_base(tiny / "foundation").loading
+    (tiny / "foundation" / name).write_text(content)
+    with pytest.raises(FoLoRAError, match=f"foundation: {expected}"):
+        check_model(tiny / "foundation", loading)
+
+
+@pytest.mark.parametrize(("field", "value"), [("loading", None), ("model", 3), ("source", []), ("commit", {})])
+def test_a_foundation_manifest_of_other_types_is_named(field: str, value: object, tiny: Path) -> None:
+    path = tiny / "foundation" / "manifest.json"
+    write_json(path, read_json(path) | {field: value})
+    with pytest.raises(FoLoRAError, match=rf"manifest\.json: {field}: Input should be"):
+        open_base(tiny / "foundation")
+
+
+@pytest.mark.parametrize("weights", [{"no.such.layer": torch.zeros(2)}, {"model.norm": torch.zeros(2)}])
+def test_weights_of_another_model_are_named(weights: dict[str, torch.Tensor], tiny_base: Base, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "weights.safetensors", weights, {"artefact": "weights"})
+    with pytest.raises(FoLoRAError, match=f"the model has no {next(iter(weights))} of that shape"):
+        load_checkpoint(tiny_base.load_model(), tmp_path)
 
 
 # task

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -17,7 +18,9 @@ from folora.storage import (
     LIBRARIES,
     MADE_WITH,
     canonical_json,
+    check_manifest,
     digest_of,
+    digest_of_file,
     identity_of,
     made_with,
     publish,
@@ -204,8 +207,61 @@ def test_digest_follows_content_not_order(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json") == {"a": "λ", "b": 1}
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b"9" * 5_000])
 def test_damaged_json_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(FoLoRAError, match=r"x\.json: not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("manifest", [[], None, "text", 3.5])
+def test_a_manifest_that_is_no_table_is_named(manifest: object, tmp_path: Path) -> None:
+    with pytest.raises(FoLoRAError, match="manifest is no table of fields: run the stage"):
+        check_manifest(tmp_path, manifest, artefact="x")
+
+
+def test_a_deep_value_is_shown_short(tmp_path: Path) -> None:
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(FoLoRAError, match=r"made with artefact .{1,40}, but x is expected"):
+        check_manifest(tmp_path, {"format": 1, "artefact": deep}, artefact="x")
+
+
+def test_what_is_no_file_has_no_digest(tmp_path: Path) -> None:
+    with pytest.raises(FoLoRAError, match=r"cannot be read .*: see that it is a file"):
+        digest_of_file(tmp_path)
+
+
+def test_a_mistake_is_one_line_whatever_it_quotes() -> None:
+    assert str(FoLoRAError("x: 'a\n b\u2028c'  is wrong")) == "x: 'a b c' is wrong"
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [([[1], [2]], "[int32]"), ([[1], [2]], "[double]"), ([1, 2], "int64"), ([1, 2], "double"), (["a", "b"], "string")],
+)
+def test_columns_are_cast(column: list, kind: str, tmp_path: Path) -> None:
+    write_table(tmp_path / "x", pa.table({"a": column, "b": [None, None]}), {})
+    table, _ = read_table(tmp_path / "x", {"a": kind})
+    assert table["a"].to_pylist() == column
+    assert table.column_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (["x"], "int64"),
+        ([None], "int64"),
+        ([[1, None]], "[int32]"),
+        ([2**40], "int32"),
+        ([1.5], "int64"),
+        ([1], "[bool]"),
+    ],
+)
+def test_a_column_of_another_type_is_named(column: list, kind: str, tmp_path: Path) -> None:
+    write_table(tmp_path / "x", pa.table({"a": column}), {})
+    with pytest.raises(FoLoRAError, match=rf"x: has no column a of {re.escape(kind)}: delete it"):
+        read_table(tmp_path / "x", {"a": kind})
+    with pytest.raises(FoLoRAError, match="x: has no column b of int64"):
+        read_table(tmp_path / "x", {"b": "int64"})

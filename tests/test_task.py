@@ -102,8 +102,11 @@ def test_folder_without_data_is_named(tiny_base: Base, tiny_params: Params, tmp_
         ('{"question": "1", "answer": ""}\n', "row 0 of the task: the response is empty"),
         ('{"question": "1", "answer": "2"}\n{"question": "11111", "answer": "2222222"}\n', "row 1 of the task: "),
         ('{"question": "1", "answer": "2"}\n{"question":\n', "data.jsonl: cannot be read as json"),
+        ('["1", "2"]\n', "data.jsonl: cannot be read as jsonl: a line is no table of columns"),
+        (f'{{"question": {"[" * 40}{"]" * 40}}}\n', "data.jsonl: cannot be read as jsonl: a value is nested more than"),
+        (f"{'[' * 100_000}\n", "data.jsonl: cannot be read as jsonl: maximum recursion depth"),
     ],
-    ids=["missing", "empty", "column", "response", "long", "broken"],
+    ids=["missing", "empty", "column", "response", "long", "broken", "list", "nested", "deep"],
 )
 def test_bad_data_is_one_line(
     content: str | None, expected: str, pipeline: Pipeline, save_params: SaveParams, tmp_path: Path, refused: Refused
@@ -124,6 +127,28 @@ def test_bad_template_is_named(tiny_base: Base, tiny_params: Params, tmp_path: P
     with pytest.raises(FoLoRAError, match=r"unexpected end of template.*mend the template"):
         prepare(tiny_base, tiny_params, tmp_path / "out", data, prompt="{{ question")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ '{0}'.format() }}",
+        "{{ '{x}'.format(question) }}",
+        "{{ 'x'.encode('nope') }}",
+        "{{ cycler() }}",
+    ],
+)
+def test_a_template_that_fails_is_named(template: str, tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
+    data = write_rows(ROWS, tmp_path / "data.jsonl")
+    with pytest.raises(FoLoRAError, match=r"data\.jsonl, row 0: .*mend the template"):
+        prepare(tiny_base, tiny_params, tmp_path / "out", data, prompt=template)
+
+
+def test_a_line_with_more_fields_than_the_first_is_named(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:
+    (tmp_path / "data.csv").write_text("question,answer\n1,2\n1,2,3\n")
+    with pytest.raises(FoLoRAError, match=r"data\.csv: cannot be read as csv: .*more than the first line names"):
+        prepare(tiny_base, tiny_params, tmp_path / "out", tmp_path / "data.csv")
 
 
 def test_max_length_is_inclusive(tiny_base: Base, tiny_params: Params, tmp_path: Path) -> None:

@@ -301,8 +301,11 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Pre
 
     if (checkpoint / WEIGHTS_FILE).exists():
         weights, _ = read_tensors(checkpoint / WEIGHTS_FILE, artefact="weights")
+        modules: dict[str, Any] = dict(model.named_modules())
         for name, weight in weights.items():
-            held: Any = model.get_submodule(name).weight
+            held = getattr(modules.get(name), "weight", None)
+            if held is None or held.shape != weight.shape:
+                raise FoLoRAError(f"{checkpoint}: the model has no {name} of that shape: train its run again")
             held.data = weight.to(held.device, held.dtype)
         return model
     try:

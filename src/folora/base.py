@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel, ConfigDict
 
 from folora.errors import FoLoRAError
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-# what transformers raises of a configuration that is damaged
-CONFIGURATION_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError)
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
 
 
@@ -177,18 +174,25 @@ def check_model(folder: Path, loading: Loading) -> None:
     check_device(loading.device)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
-    except CONFIGURATION_ERRORS as error:
+        named = [str(name) for name in config.architectures or []]
+    except configuration_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise FoLoRAError(f"{folder}: its weights are quantised: name the model that they were made from")
     if not hasattr(config, "auto_map"):  # code of its own says itself what it is
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-        named = config.architectures or []
         if made is None or config.is_encoder_decoder or (named and made.__name__ not in named):
             what = ", ".join(named) or type(config).__name__
             raise FoLoRAError(f"{folder}: is a {what}, not a causal language model: name one that is")
     load_tokenizer(folder, loading)
+
+
+def configuration_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises of a configuration that is damaged."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StrictDataclassError
 
 
 def check_device(device: str) -> None:
@@ -215,7 +219,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
     except Exception as error:
-        if type(error) is not Exception and not isinstance(error, CONFIGURATION_ERRORS):
+        if type(error) is not Exception and not isinstance(error, configuration_errors()):
             raise
         reason = " ".join(str(error).split())[:200]  # the tokenizers library raises the bare class
         raise FoLoRAError(f"{folder}: its tokenizer cannot be read: {reason}") from error

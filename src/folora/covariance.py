@@ -27,7 +27,7 @@ from folora.storage import (
     with_columns,
     write_tensors,
 )
-from folora.task import TASK_COLUMNS
+from folora.task import masked_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,12 +53,11 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     table, manifest = read_table(rows, **base.identity)
     settings = params.covariance
     if manifest.get("artefact") == "proxy":
-        table = with_columns(rows, table, PROXY_COLUMNS)
-        token_ids, loss_masks = table["token_ids"].to_pylist(), None
+        token_ids, loss_masks = with_columns(rows, table, PROXY_COLUMNS)["token_ids"].to_pylist(), None
         positions: str = settings.proxy_positions
     else:
-        table = with_columns(rows, table, TASK_COLUMNS).slice(0, settings.task_rows)
-        token_ids, loss_masks = table["input_ids"].to_pylist(), table["loss_mask"].to_pylist()
+        masked = masked_rows(rows, table.slice(0, settings.task_rows))
+        token_ids, loss_masks = [ids for ids, _ in masked], [mask for _, mask in masked]
         positions = settings.task_positions
 
     if not token_ids:

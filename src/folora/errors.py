@@ -40,7 +40,7 @@ def describe(error: ValidationError) -> str:
     key = _key(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    shown = f" (got {given!r:.200})" if isinstance(given, (str, int, float, bool, type(None))) else ""
     more = f"; and {len(problems) - 1} more" if len(problems) > 1 else ""
     return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
 

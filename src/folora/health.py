@@ -20,7 +20,7 @@ GATE_DIFFERENCE = 0.05
 
 LOOPING = 0.05  # share of the proxy text's sequences that may end in a loop
 
-Share = Annotated[float, Field(ge=0)]
+Size = Annotated[float, Field(ge=0)]
 
 
 class HealthRecord(BaseModel):
@@ -30,16 +30,16 @@ class HealthRecord(BaseModel):
 
     width: Annotated[int, Field(ge=1)]
     shrinkage: Annotated[float, Field(ge=0, le=0.5)]
-    residual: Share
-    orthonormality: Share
-    condition: Share
-    top_share: Share
-    penalty_rank: Share
-    utility_rank: Share
-    left_out: Share = 0.0
-    proxy_fourth: Share
-    tokens_per_width: Share | None = None
-    gate_difference: Share | None = None
+    residual: Size
+    orthonormality: Size
+    condition: Size
+    top_share: Size
+    penalty_rank: Size
+    utility_rank: Size
+    left_out: Size = 0.0
+    proxy_fourth: Size
+    tokens_per_width: Size | None = None
+    gate_difference: Size | None = None
     tokens_needed: Annotated[int, Field(ge=0)] | None = None
 
 

@@ -93,8 +93,8 @@ class Part(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
-class RunOf(Part):
-    """Of ``RunParams``."""
+class RunEntry(Part):
+    """The run's entry of params.yaml."""
 
     task: str
     method: str
@@ -102,21 +102,21 @@ class RunOf(Part):
     seed: int
 
 
-class MethodOf(Part):
-    """Of ``RunParams``."""
+class MethodEntry(Part):
+    """Its method's."""
 
     kind: str
 
 
 class RunParams(Part):
-    """Of ``RunManifest``."""
+    """What ``params.run_params`` gives."""
 
-    run: RunOf
-    method: MethodOf
+    run: RunEntry
+    method: MethodEntry
 
 
 class RunInputs(Part):
-    """Of ``RunManifest``: digests."""
+    """Digests of what a run reads."""
 
     task: str
     proxy: list[str]

@@ -59,7 +59,6 @@ def compute_spectrum(
         name: {**one.health, "proxy_fourth": one.proxy_fourth, **stability(proxy, first, name, one)}
         for name, one in spectrum.inputs.items()
     }
-    _refuse_breaches(output, {name: HealthRecord.model_validate(record) for name, record in health.items()})
     text = read_text_counts([path for path, _ in shards])
     for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
         if warning:
@@ -76,6 +75,7 @@ def compute_spectrum(
         "health": health,
         **text,
     }
+    _refuse_breaches(output, fields_of(output, SpectrumManifest, manifest).health)
     write_tensors(output, tensors, manifest)
 
 

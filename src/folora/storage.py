@@ -328,9 +328,9 @@ def with_columns(path: Path, table: pa.Table, columns: Mapping[str, str]) -> pa.
             column = table[name].cast(pa.list_(element) if lists else element)
             if column.null_count or (lists and column.combine_chunks().flatten().null_count):
                 raise ValueError(f"{name} lacks values")
+            table = table.set_column(table.column_names.index(name), name, column)
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise FoLoRAError(f"{path}: has no column {name} of {kind}: delete it and run its stage again") from error
-        table = table.set_column(table.column_names.index(name), name, column)
     return table
 
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.storage import write_table
+from folora.storage import with_columns, write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
-TASK_COLUMNS = {"input_ids": "[int32]", "loss_mask": "[bool]"}
+DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
+# what the libraries raise of a file that is damaged, beside their own errors
+ROW_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 # what a template may raise beside jinja2's own errors, whatever it computes
-TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
+TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -83,6 +86,19 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     write_table(output, table, about | {"rows": len(made), "dropped": dropped, "cut": cut})
 
 
+def masked_rows(path: Path, table: pa.Table) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of every row of the stage's table, and which of them are learned; ``path`` names it in errors.
+
+    Raises:
+        FoLoRAError: a column is missing, of another type or of other lengths.
+    """
+    table = with_columns(path, table, {"input_ids": "[int32]", "loss_mask": "[bool]"})
+    rows = list(zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True))
+    if any(len(ids) != len(mask) for ids, mask in rows):
+        raise FoLoRAError(f"{path}: a row has other tokens than marks of what is learned: run the task stage again")
+    return rows
+
+
 def read_rows(dataset: str, key: str) -> Dataset:
     """The training rows of a local data set.
 
@@ -108,7 +124,7 @@ def read_rows(dataset: str, key: str) -> Dataset:
         raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
     try:
         rows = _load(path)
-    except (DatasetGenerationError, ArrowException, csv.Error, ValueError, OverflowError, RecursionError) as error:
+    except (DatasetGenerationError, ArrowException, csv.Error, *ROW_ERRORS) as error:
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):
@@ -126,7 +142,16 @@ def _load(path: Path) -> Dataset:
         rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
     if not all(isinstance(row, dict) and None not in row for row in rows):
         raise ValueError("a line is no table of columns, or has more than the first line names")
+    if max(map(_depth, rows), default=0) > DEEPEST:
+        raise ValueError(f"a value is nested more than {DEEPEST} deep")
     return Dataset.from_list(rows)
+
+
+def _depth(value: Any) -> int:
+    """How deep a JSON value is nested: 0 of a number."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
 
 
 def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:

@@ -38,7 +38,7 @@ from folora.storage import (
     write_json,
     write_table,
 )
-from folora.task import TASK_COLUMNS
+from folora.task import masked_rows
 from folora.tracking import run_log
 
 if TYPE_CHECKING:
@@ -163,13 +163,10 @@ def read_task_rows(params: Params, run: Run, base: Base, path: Path) -> list[Row
         FoLoRAError: the file is damaged or of another model or task.
     """
     task = params.tasks[run.task].model_dump()
-    table, _ = read_table(path, TASK_COLUMNS, artefact="task", **base.identity, task=task)
-    rows = list(zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True))
-    if any(len(ids) != len(mask) for ids, mask in rows):
-        raise FoLoRAError(f"{path}: a row has more tokens than marks of what is learned: run the task stage again")
+    table, _ = read_table(path, artefact="task", **base.identity, task=task)
     return [
         {"input_ids": ids, "labels": [i if counts else IGNORED for i, counts in zip(ids, mask, strict=True)]}
-        for ids, mask in rows
+        for ids, mask in masked_rows(path, table)
     ]
 
 

@@ -151,7 +151,7 @@ def layer_changes(model: PeftModel, spectrum: Spectrum) -> tuple[list[LayerChang
         elif isinstance(module, BaseTunerLayer):
             try:
                 measured.append(_relative_change(name, module, inputs[name]))
-            except NotImplementedError:  # a kind of adapter that is no change of weights
+            except RuntimeError:  # a kind of adapter that is no change of weights, or that PEFT cannot merge
                 unmeasured.append(name)
     return measured, unmeasured
 

@@ -55,7 +55,7 @@ def method_from(name: str, section: Any) -> Method:
     """
     known = kinds()
     kind = section.get("kind") if isinstance(section, dict) else None
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"methods.{name}.kind: {kind!r} is not one of {', '.join(known)}")
     try:
         return known[kind].model_validate(section)

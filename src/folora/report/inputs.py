@@ -155,7 +155,7 @@ def read_spectrum(path: Path) -> Spectrum:
             manifest = tensor_manifest(file, path, artefact="spectrum")
             health = fields_of(path, SpectrumManifest, manifest).health
             eigenvalues = {name: file.get_tensor(f"{name}.eigenvalues") for name in health}
-    except (SafetensorError, OSError, TypeError) as error:  # numpy has no bfloat16, which is none of ours
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:  # of a type that numpy does not have
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
     for name, values in eigenvalues.items():
         left_out = health[name].width - values.size
