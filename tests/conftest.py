@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
+from workspace import make_workspace, run
 
 from folora.base import Base, open_base
 from folora.params import Params, Tracking
@@ -205,6 +206,14 @@ def evaluations(pipeline: Pipeline, runs: Path) -> Path:
                 folder / method,
             )
     return folder
+
+
+@pytest.fixture(scope="session")
+def by_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which DVC has run everything; tests that change something copy it."""
+    workspace = make_workspace(tmp_path_factory.mktemp("dvc"))
+    run(workspace, "env", "PYTHONHASHSEED=1", "dvc", "repro")
+    return workspace
 
 
 @pytest.fixture

@@ -210,8 +210,8 @@ def refuse(workspace: Path, runner: str, fault: str, outputs: list[str]) -> list
     said = [done.stdout, done.stderr, *(path.read_text() for path in (workspace / "logs").glob("*.log"))]
     lines = [line for text in said for line in text.splitlines() if line.startswith("folora: ")]
     problems = [] if done.returncode else ["it did not fail"]
-    if not any(line.startswith(f"folora: {place}") for line in lines for place in (*outputs, SCRATCH)):
-        problems.append(f"no path is named: {lines}")
+    if not any(": cannot be written (" in line for line in lines):
+        problems.append(f"no place is named: {lines}")
     return problems + ["a traceback"] * any("Traceback" in text for text in said)
 
 

@@ -150,3 +150,9 @@ def test_metrics_that_are_no_number_are_equal_to_none_only(tmp_path: Path) -> No
 
     assert off(write, None, np.inf, tmp_path, "metrics.parquet") == {"kl": False}
     assert off(write, 1.0, 1.001, tmp_path, "metrics.parquet") == {"kl": True}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.parquet", "a.json", "a.txt"])
+def test_a_damaged_file_differs(name: str, tmp_path: Path) -> None:
+    found = off(lambda path, text: path.write_text(text), "{", "[", tmp_path, name)
+    assert list(found.values()) == [False]

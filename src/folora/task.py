@@ -6,6 +6,7 @@ A row becomes segments of text, each learned or not: a prompt and a response, or
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, in the quota, for a file of this size
 
 
 @dataclass
@@ -88,8 +90,9 @@ def read_rows(dataset: str, key: str) -> Dataset:
         key: what names it in params.yaml, for errors.
 
     Raises:
-        FoLoRAError: nothing is there, or there are no rows.
+        FoLoRAError: nothing is there, there are no rows, or the disk of the library's cache is full.
     """
+    from datasets import config
     from datasets.exceptions import DatasetGenerationError
 
     path = Path(dataset)
@@ -105,6 +108,11 @@ def read_rows(dataset: str, key: str) -> Dataset:
     try:
         rows = _load(path)
     except (DatasetGenerationError, ValueError) as error:
+        if getattr(error.__cause__, "errno", None) in NO_SPACE:
+            place = config.HF_DATASETS_CACHE
+            raise FoLoRAError(
+                f"{place}: cannot be written ({error.__cause__}): free space or set HF_DATASETS_CACHE"
+            ) from error
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):

@@ -42,10 +42,7 @@ TOLERANCES = {
     "metrics": 0.02,  # scores between 0 and 1: two answers in a hundred
     TRAINED: 1e-2,  # of a tensor's norm
 }
-ROWS = {
-    "proxy": 0.01,
-    "answers": 0.01,
-}  # share of rows that may differ: a rounding tips a draw, or the best of two tokens
+ROWS = {"proxy": 0.01, "answers": 0.01}  # share that may differ: a rounding tips a draw, or which token is best
 CONDITIONS = {MADE_WITH, "threads", "device", "transformers_version"}  # what level 2 is about
 MEASURED = {"health", "gates"}  # in manifests: figures that follow from the tensors
 DIGEST = re.compile(r"[0-9a-f]{64}")  # of what an artefact was made from, which has its own stage
@@ -176,6 +173,8 @@ def deviations(here: Path, there: Path) -> Iterator[Deviation]:
     Raises:
         FileNotFoundError: one of them is missing.
     """
+    from safetensors import SafetensorError
+
     for path in (here, there):
         if not path.exists():
             raise FileNotFoundError(str(path))
@@ -184,14 +183,17 @@ def deviations(here: Path, there: Path) -> Iterator[Deviation]:
     compare = {".safetensors": _tensors, ".parquet": _tables, ".json": _values}.get(here.suffix)
     if compare is None:
         yield Deviation(here.name, math.inf)
-    else:
+        return
+    try:
         yield from (Deviation(f"{here.name}: {one.where}", one.size, one.tolerance) for one in compare(here, there))
+    except (ValueError, SafetensorError, FoLoRAError) as error:
+        yield Deviation(f"{here.name}: cannot be read: {error}", math.inf)
 
 
 def _tensors(here: Path, there: Path) -> Iterator[Deviation]:
     (one, about), (other, about_other) = _read_tensors(here), _read_tensors(there)
     yield from _manifests(about, about_other)
-    tolerance = TOLERANCES[about.get("artefact", TRAINED)]
+    tolerance = TOLERANCES.get(about.get("artefact", TRAINED), TOLERANCES[TRAINED])
     if {name: tensor.shape for name, tensor in one.items()} != {name: tensor.shape for name, tensor in other.items()}:
         yield Deviation("names or shapes of tensors", math.inf)
         return
@@ -228,7 +230,7 @@ def _tables(here: Path, there: Path) -> Iterator[Deviation]:
     if one.schema != other.schema or len(one) != len(other):
         yield Deviation("columns or number of rows", math.inf)
         return
-    artefact = about.get("artefact", "")
+    artefact = about.get("artefact", TRAINED)
     measured = [field.name for field in one.schema if floating(field.type)]
     pairs = list(zip(one.to_pylist(), other.to_pylist(), strict=True))
     exact = [name for name in one.column_names if name not in measured]
