@@ -198,8 +198,9 @@ def _tensors(here: Path, there: Path) -> Iterator[Deviation]:
         yield Deviation("names or shapes of tensors", math.inf)
         return
     for name, tensor in one.items():
-        difference, norm = float((tensor - other[name]).norm()), float(other[name].norm())
-        yield Deviation(name, difference / norm if norm else math.inf if difference else 0.0, tolerance)
+        if not tensor.equal(other[name]):
+            size = float((tensor - other[name]).norm() / other[name].norm())
+            yield Deviation(name, size if math.isfinite(size) else math.inf, tolerance)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
