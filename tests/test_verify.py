@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import GRAPH
 from typer.testing import CliRunner
 from workspace import AUTHOR, run
 
@@ -80,6 +81,15 @@ def test_against_a_folder(graph: Path, tmp_path: Path) -> None:
     code, said = verify("--against", str(tmp_path / "other"))
     assert code == 1
     assert [one["state"] for one in said["stages"]] == ["differs", "equal", "equal", "equal"]
+
+
+def test_bytes_that_differ_are_never_level_1(graph: Path, tmp_path: Path) -> None:
+    (graph / "dvc.yaml").write_text(GRAPH.replace("first.txt", "first.json"))
+    shutil.copytree(graph, tmp_path / "other")
+    for place, threads in ((graph, 1), (tmp_path / "other", 2)):
+        write_json(place / "first.json", {"made_with": {"threads": threads}})
+    _, said = verify("--against", str(tmp_path / "other"))
+    assert (said["level"], said["stages"][0]["state"]) == (2, "within")
 
 
 def off(write: Callable[[Path, Any], None], one: Any, other: Any, folder: Path, name: str) -> dict[str, bool]:
