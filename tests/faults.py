@@ -11,7 +11,8 @@ Each fault has a workspace of its own, a copy of a finished tiny run in which on
 - ``clock``: ``kill``, and all that was written lies a day in the future, as when the clock is set back;
 - ``full``: the stage can write no file longer than a kilobyte: a limit that any user may set, in place of a full disk
   (which ``tests/test_cli.py`` has, where mounting is permitted);
-- ``readonly``: nothing can be made beside the outputs or in the scratch folder, not by root either.
+- ``readonly``: nothing can be made beside the outputs or in the scratch folder; for root, whom permissions do not stop,
+  they are made immutable, and where that is not possible ``full`` takes its place.
 
 After the last two the stage must say in one line which path cannot be written.
 """
@@ -90,6 +91,8 @@ def break_stages(
     outcomes = []
     for number in range(count):
         fault, runner = FAULTS[number % len(FAULTS)], chance.choice(list(RUNNERS))
+        if fault == "readonly" and not can_be_locked(folder / "probe"):
+            fault = "full"
         stage = chance.choice(list(stages))
         outputs = [out["path"] for out in stages[stage]["outs"]]
         after = chance.uniform(0, next(costs[path].wall for path in outputs if path in costs))
@@ -210,8 +213,8 @@ def refuse(workspace: Path, runner: str, fault: str, outputs: list[str]) -> list
     said = [done.stdout, done.stderr, *(path.read_text() for path in (workspace / "logs").glob("*.log"))]
     lines = [line for text in said for line in text.splitlines() if line.startswith("folora: ")]
     problems = [] if done.returncode else ["it did not fail"]
-    if not any(line.startswith(f"folora: {place}") for line in lines for place in (*outputs, SCRATCH)):
-        problems.append(f"no path is named: {lines}")
+    if not any(": cannot be written (" in line for line in lines):
+        problems.append(f"no place is named: {lines}")
     return problems + ["a traceback"] * any("Traceback" in text for text in said)
 
 
@@ -223,6 +226,16 @@ def limited(workspace: Path) -> Path:
     script.write_text(f'#!/bin/sh\nulimit -f 2\nexec {shutil.which("folora")} "$@"\n')
     script.chmod(0o755)
     return folder
+
+
+def can_be_locked(probe: Path) -> bool:
+    """Whether a new folder can be made one in which nothing can be made."""
+    probe.mkdir(exist_ok=True)
+    with suppress(OSError, subprocess.CalledProcessError):
+        set_writable(probe, writable=False)
+        set_writable(probe, writable=True)
+        return True
+    return False
 
 
 def set_writable(folder: Path, *, writable: bool) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("in_tmp")
 OUTPUT = Path("artifacts/heldout.parquet")
 HOLDER = f"""
 import time
+from contextlib import suppress
 from pathlib import Path
 from folora.hold import hold
 with hold(Path("{OUTPUT}")):
@@ -77,3 +79,12 @@ def test_a_stage_holds_its_output(
     arguments = ("heldout", "--foundation", "f", "--threads", 1, "--params", save_params(tiny_values))
     assert f"process {holder.pid} of" in refused(*arguments, output=OUTPUT)
     assert not OUTPUT.exists()
+
+
+def test_a_full_disk_fails_no_hold(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage itself says what cannot be written."""
+    monkeypatch.chdir(small_disk)
+    with suppress(OSError):
+        Path("filled").write_bytes(bytes(2**17))
+    with hold(OUTPUT):
+        pass

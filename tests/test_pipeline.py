@@ -25,12 +25,14 @@ LORA, FOLORA = "train@lora-3e-3-s0", "train@folora-replay-1e-2-s0"
 @pytest.fixture(scope="module")
 def by_snakemake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = make_workspace(tmp_path_factory.mktemp("snakemake"))
-    run(workspace, "snakemake", "--cores", "8")
+    run(workspace, "env", "PYTHONHASHSEED=2", "snakemake", "--cores", "8")
     return workspace
 
 
 def test_both_runners_write_the_same_bytes(by_dvc: Path, by_snakemake: Path) -> None:
+    """At one job and at eight, under two hash seeds."""
     same_bytes(by_dvc, by_snakemake)
+    assert "level 1: " in run(by_dvc, "folora", "verify", "--against", str(by_snakemake))
 
 
 def test_after_either_runner_the_other_has_nothing_to_do(by_dvc: Path, by_snakemake: Path) -> None:
@@ -97,18 +99,20 @@ def test_a_killed_run_is_finished_by_the_other_runner(by_dvc: Path, tmp_path: Pa
     workspace = tmp_path / "copy"
     shutil.copytree(by_dvc, workspace)
     change(workspace, "train.log_every", 2)  # another history, the same adapters
-    process = subprocess.Popen(["snakemake", "--cores", "2"], cwd=workspace, start_new_session=True)
+    command = ["env", "PYTHONHASHSEED=3", "snakemake", "--cores", "2"]
+    process = subprocess.Popen(command, cwd=workspace, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((workspace / "artifacts/runs").glob("*/*.partial")) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert {LORA, FOLORA} & stale(workspace)
-    run(workspace, "dvc", "repro")
+    run(workspace, "env", "PYTHONHASHSEED=3", "dvc", "repro")
     assert stale(workspace) == set()
     assert "Nothing to be done" in run(workspace, "snakemake", "--cores", "2")
-    weights = "artifacts/runs/lora/lora-3e-3-s0/adapter/adapter_model.safetensors"
-    assert (workspace / weights).read_bytes() == (by_dvc / weights).read_bytes()
+    for run_folder in ("lora/lora-3e-3-s0", "folora-replay/folora-replay-1e-2-s0"):
+        weights = f"artifacts/runs/{run_folder}/adapter/adapter_model.safetensors"
+        assert (workspace / weights).read_bytes() == (by_dvc / weights).read_bytes()
 
 
 def test_a_second_snakemake_is_told_who_is_at_work(by_dvc: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from folora.base import digests, open_base
 from folora.errors import FoLoRAError
 from folora.params import Task
 from folora.storage import read_json, read_table, write_json
-from folora.task import TokenRow, packed, prepare_task
+from folora.task import TokenRow, packed, prepare_task, read_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -304,3 +304,13 @@ def test_a_missing_column_of_messages_is_named(chatting: Base, tiny_params: Para
 def test_a_task_has_one_form(changes: dict[str, Any], expected: str, tiny_params: Params) -> None:
     with pytest.raises(ValueError, match=expected):
         Task.model_validate(tiny_params.tasks["subtraction"].model_dump() | changes)
+
+
+def test_a_full_cache_is_not_taken_for_bad_data(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"{number**5}" for number in range(20000)]
+    pq.write_table(pa.table({"prompt": rows, "response": rows}), tmp_path / "train.parquet")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk)
+    with pytest.raises(FoLoRAError, match=rf"{small_disk}: cannot be written \(.*No space left.*\): free space"):
+        read_rows(str(tmp_path), "tasks.*.dataset")

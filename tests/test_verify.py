@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from conftest import GRAPH
 from typer.testing import CliRunner
 from workspace import AUTHOR, run
 
@@ -82,6 +83,15 @@ def test_against_a_folder(graph: Path, tmp_path: Path) -> None:
     assert [one["state"] for one in said["stages"]] == ["differs", "equal", "equal", "equal"]
 
 
+def test_bytes_that_differ_are_never_level_1(graph: Path, tmp_path: Path) -> None:
+    (graph / "dvc.yaml").write_text(GRAPH.replace("first.txt", "first.json"))
+    shutil.copytree(graph, tmp_path / "other")
+    for place, threads in ((graph, 1), (tmp_path / "other", 2)):
+        write_json(place / "first.json", {"made_with": {"threads": threads}})
+    _, said = verify("--against", str(tmp_path / "other"))
+    assert (said["level"], said["stages"][0]["state"]) == (2, "within")
+
+
 def off(write: Callable[[Path, Any], None], one: Any, other: Any, folder: Path, name: str) -> dict[str, bool]:
     """What is off between two artefacts, and whether it is within its tolerance."""
     for place, content in (("one", one), ("other", other)):
@@ -150,3 +160,9 @@ def test_metrics_that_are_no_number_are_equal_to_none_only(tmp_path: Path) -> No
 
     assert off(write, None, np.inf, tmp_path, "metrics.parquet") == {"kl": False}
     assert off(write, 1.0, 1.001, tmp_path, "metrics.parquet") == {"kl": True}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.parquet", "a.json", "a.txt"])
+def test_a_damaged_file_differs(name: str, tmp_path: Path) -> None:
+    found = off(lambda path, text: path.write_text(text), "{", "[", tmp_path, name)
+    assert list(found.values()) == [False]
