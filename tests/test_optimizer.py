@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from folora.errors import FoLoRAError
 from folora.optimizer import GatedAdam
 
 if TYPE_CHECKING:
@@ -224,3 +225,20 @@ def test_bfloat16_parameters_resume_with_float32_moments() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("gradient", [None, torch.zeros(2, WIDTH)])
+def test_a_first_step_that_moves_nothing_is_an_error(gradient: Tensor | None) -> None:
+    parameter = nn.Parameter(noise(0, 2, WIDTH))
+    parameter.grad = gradient
+    with pytest.raises(FoLoRAError, match="the first step moved no parameter"):
+        GatedAdam([parameter], lr=1e-2).step()
+    GatedAdam([parameter], lr=0.0).step()  # a warm-up
+
+
+def test_only_the_first_step_has_to_move_something() -> None:
+    parameter = nn.Parameter(noise(0, 2, WIDTH))
+    optimizer = GatedAdam([parameter], lr=1e-2)
+    descend(optimizer, [parameter], range(1))
+    parameter.grad = None
+    optimizer.step()
