@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from folora.errors import FoLoRAError
 from folora.optimizer import GatedAdam
 
 if TYPE_CHECKING:
@@ -313,3 +314,20 @@ def test_ten_thousand_steps_do_not_drift(basis: Tensor, gate: Tensor, decay: flo
     for found, expected, start in zip(optimised(*problem), reference(*problem), starts, strict=True):
         assert (expected - start).abs().max() > 0.3
         torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("gradient", [None, torch.zeros(2, WIDTH)])
+def test_a_first_step_that_moves_nothing_is_an_error(gradient: Tensor | None) -> None:
+    parameter = nn.Parameter(noise(0, 2, WIDTH))
+    parameter.grad = gradient
+    with pytest.raises(FoLoRAError, match="the first step moved no parameter"):
+        GatedAdam([parameter], lr=1e-2).step()
+    GatedAdam([parameter], lr=0.0).step()  # a warm-up
+
+
+def test_only_the_first_step_has_to_move_something() -> None:
+    parameter = nn.Parameter(noise(0, 2, WIDTH))
+    optimizer = GatedAdam([parameter], lr=1e-2)
+    descend(optimizer, [parameter], range(1))
+    parameter.grad = None
+    optimizer.step()

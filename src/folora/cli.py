@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from folora import processes
 from folora.commands.cli import DEFAULT_PARAMS, ParamsFile
 from folora.commands.cli import app as commands
 from folora.costs import keep_cost
@@ -53,10 +54,14 @@ def stage(command: Callable[..., float | None]) -> Callable[..., None]:
 
     @wraps(command)
     def measured(**options: Any) -> None:
+        name = command.__name__.replace("_", "-")
+        if processes.count() > 1 and name != "train":
+            raise FoLoRAError(f"{name}: runs in one process: start it without torchrun or accelerate")
         meter = EnergyMeter()
         with HELD:
             step = command(**options)
-        keep_cost(command.__name__.replace("_", "-"), options["output"], step, meter.joules())
+        if processes.rank() == 0:
+            keep_cost(name, options["output"], step, meter.joules())
 
     return app.command(rich_help_panel="Stages")(measured)
 
@@ -67,20 +72,33 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     logger.setLevel(logging.DEBUG if debug else logging.NOTSET)
 
 
-def _prepare(path: Path, output: Path, threads: int | None = None) -> Params:
-    """Load the parameters, see that the output can be written, and fix what would change the last bits."""
-    from folora.params import load_params
+def _prepare(path: Path, output: Path, threads: int | None = None, *, model: bool = True) -> Params:
+    """Load the parameters, hold the output, and fix what would change the last bits.
+
+    Args:
+        path: parameter file.
+        output: what the stage writes.
+        threads: for torch; None: the stage does not compute with it.
+        model: whether a stage with threads runs the model, on a GPU where the parameters say so.
+    """
+    from folora.devices import take_device
+    from folora.params import PretrainedFoundation, load_params
     from folora.storage import CONDITIONS, check_writable
 
     params = load_params(path)
     check_writable(output)
-    HELD.enter_context(hold(output))
+    if processes.rank() == 0:
+        HELD.enter_context(hold(output))
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
         CONDITIONS["threads"] = threads
         torch.use_deterministic_algorithms(mode=True)
+        foundation = params.foundation
+        on_gpu = isinstance(foundation, PretrainedFoundation) and foundation.loading.device == "cuda"
+        if model and on_gpu and processes.count() == 1:  # several of one training have theirs from their launcher
+            take_device(HELD)
     return params
 
 
@@ -195,7 +213,7 @@ def spectrum(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Solve the generalised eigenproblem of every layer input."""
-    params = _prepare(params_file, output, threads)
+    params = _prepare(params_file, output, threads, model=False)
     from folora.base import open_base
     from folora.spectrum import compute_spectrum
 

@@ -1,6 +1,8 @@
 """One process at a time makes an output, and one Snakemake at a time works in a folder; who comes second is told.
 
-The kernel ends a hold with its process, however that ends, so there are no stale ones to clear away.
+The kernel ends a hold with its process, however that ends, so there are no stale ones to clear away. It is an flock:
+NFS, and Lustre mounted with ``flock``, tell all nodes of it. Where a file system has none, filelock makes a file in its
+place, which a killed process leaves behind.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ if TYPE_CHECKING:
 HOLDS = Path(".folora/holds")
 
 
+class HeldError(FoLoRAError):
+    """Another process holds it."""
+
+
 @contextmanager
 def hold(what: Path) -> Iterator[None]:
     """Hold a path of the working folder for a ``with`` block; others may read it meanwhile.
 
     Raises:
-        FoLoRAError: another process holds it, or ``.folora`` cannot be written.
+        HeldError: another process holds it.
+        FoLoRAError: ``.folora`` cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -38,7 +45,7 @@ def hold(what: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise FoLoRAError(f"{what}: {_holder(path)} is at work on it: wait until it ends, or stop it") from error
+        raise HeldError(f"{what}: {_holder(path)} is at work on it: wait until it ends, or stop it") from error
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         who = {"process": os.getpid(), "machine": socket.gethostname(), "user": _user(), "since": since}

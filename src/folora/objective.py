@@ -2,7 +2,8 @@
 
     loss = (Σ_task -log p(y) + Σ_proxy ℓ) / tokens  +  w · mean_task KL(q₋y ‖ p₋y)  +  regulariser
 
-Means are over the tokens of a whole batch, so any division of it into micro-batches has the same loss and gradient.
+Means are over the tokens of a whole batch, so any division of it into micro-batches has the same loss and gradient, and
+any division among processes too: each divides its sums by the mean count of a process, and DDP averages the gradients.
 
 q is the base model's distribution and p the adapted one's at a token; y is the right token, and q₋y is q without y,
 renormalised. ℓ is -log p(y) for replayed text, or KL(q ‖ p) for self-distillation on it.
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from folora.processes import means
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,7 +51,7 @@ class Objective:
     def parts(self, model: Any, batch: Batch) -> Iterator[Tensor]:
         """The same as a sum of scalars, one a micro-batch: only one of their graphs need be in memory."""
         learned = batch["labels"][:, 1:] >= 0
-        counts = learned.sum(), learned[: self._task_rows].sum()
+        counts = means(learned.sum(), learned[: self._task_rows].sum())
         rows = len(learned)
         size = self._micro_batch or rows
         for start in range(0, rows, size):

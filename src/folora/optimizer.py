@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from folora.errors import FoLoRAError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -146,11 +148,29 @@ class GatedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises:
+            FoLoRAError: the first step has nothing to update, or updates nothing.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.steps:
+            self._step()
+        else:
+            held = [parameter for group in self.param_groups if group["lr"] for parameter in group["params"]]
+            before = [parameter.clone() for parameter in held]
+            self._step()
+            if held and all(map(torch.equal, held, before)):
+                raise FoLoRAError(
+                    "the first step moved no parameter: see that the loss depends on those that the optimizer holds, "
+                    "which FSDP and DeepSpeed replace, and that the gates are not 0"
+                )
+        return loss
+
+    def _step(self) -> None:
         # parameters of all groups with the same options move together: a call a parameter would cost more than its sums
         alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):
@@ -160,7 +180,6 @@ class GatedAdam(torch.optim.Optimizer):
                 alike.setdefault(options, []).append((parameters, coordinates))
         for options, groups in alike.items():
             self._step_groups(groups, *options)
-        return loss
 
     def _step_groups(
         self,

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from folora.errors import FoLoRAError
+from folora.processes import from_first, meet, rank
 from folora.scratch import save_seconds
 from folora.storage import digest_of_file, publish, read_json, read_tensors, write_json, write_tensors
 
@@ -47,7 +48,7 @@ class ResumableTrainer(Trainer):
 
 
 class StateSaver(TrainerCallback):
-    """Has the Trainer save its state every few minutes, and seals what it saved.
+    """Has the Trainer save its state every few minutes, all its processes at once, and seals what they saved.
 
     Args:
         folder: scratch folder of the run.
@@ -60,13 +61,15 @@ class StateSaver(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Ask for a state when the last one is old."""
         del args, state
-        if "loss" in logs and time.monotonic() - self._saved >= save_seconds():
+        if "loss" in logs and from_first(time.monotonic() - self._saved >= save_seconds()):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Seal the state."""
         del args, control
-        seal(self._folder, self._folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        meet()
+        if rank() == 0:
+            seal(self._folder, self._folder / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         self._saved = time.monotonic()
 
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from folora import processes
 from folora.errors import FoLoRAError
 from folora.storage import check_writable, digest_of, digest_of_folder, publish, versions
 
@@ -33,7 +34,8 @@ def scratch(**conditions: Any) -> Iterator[Path]:
     """
     import torch
 
-    folder = SCRATCH / digest_of(conditions | {"code": _code(), "threads": torch.get_num_threads()})
+    computing = {"code": _code(), "threads": torch.get_num_threads(), "processes": processes.count()}
+    folder = SCRATCH / digest_of(conditions | computing)
     check_writable(folder / "any")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

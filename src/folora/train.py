@@ -9,11 +9,13 @@ from __future__ import annotations
 import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArguments
 
+from folora import processes
 from folora.adapter import AdaptedModel, Context
 from folora.covariance import CountedText
 from folora.coverage import COVERAGE_FILE, coverage, print_coverage
@@ -42,8 +44,6 @@ from folora.task import masked_rows
 from folora.tracking import run_log
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedTokenizerBase
 
     from folora.base import Base
@@ -67,12 +67,17 @@ class TrainInputs:
 def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float | None:
     """Train one run and write its folder; returns the median seconds of an optimizer step.
 
-    A run that was killed goes on from its last saved state (``resume.py``) and gets the same bytes.
+    A run that was killed goes on from its last saved state (``resume.py``) and gets the same bytes. Of several
+    processes the first keeps all that is written, and the others train along.
 
     Raises:
         FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
     """
     run = params.runs[name]
+    method = params.methods[run.method]
+    if method.kl_budget and processes.count() > 1:
+        raise FoLoRAError(f"methods.{run.method}.kl_budget: only one process can keep it: train without torchrun")
+    processes.join(base.loading.device)
     manifest = run_manifest(params, name, base, inputs)
     task_rows = read_task_rows(params, run, base, inputs.task)
     sampling = params.proxy.sampling(run.proxy)
@@ -86,8 +91,8 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     bare = base.load_model()
     spectrum = spectrum.to(bare.device)
     covered = coverage(bare, spectrum.layers)
-    print_coverage(covered)
-    method = params.methods[run.method]
+    if processes.rank() == 0:
+        print_coverage(covered)
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
@@ -105,6 +110,9 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
         key = f"methods.{run.method}.kl_budget"
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
+    if processes.rank() > 0:
+        fit(adapted, tokenizer, rows, None, params, run, *processes.from_first((Path(), None)))
+        return None
     due = checkpoint_steps(rows.steps, params.train.checkpoints)
     with scratch(**manifest) as unfinished:
         state = last_state(unfinished)
@@ -114,7 +122,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
             run_log(params.tracking, card_of(manifest), source_tags(params), begun) as log,
         ):
             recorder = Recorder(unfinished / CHECKPOINTS, adapted, text, method.kl_budget, due, log)
-            fit(adapted, tokenizer, rows, recorder, params, run, unfinished, state)
+            fit(adapted, tokenizer, rows, recorder, params, run, *processes.from_first((unfinished, state)))
             if not adapted.moved():
                 raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
             adapted.save(folder / "adapter")
@@ -229,7 +237,7 @@ def fit(
     adapted: AdaptedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: ScheduledRows,
-    recorder: Recorder,
+    recorder: Recorder | None,
     params: Params,
     run: Run,
     unfinished: Path,
@@ -241,7 +249,7 @@ def fit(
         adapted: the model.
         tokenizer: pads the batches.
         rows: the schedule.
-        recorder: keeps checkpoints and history.
+        recorder: keeps checkpoints and history; None for a process that only trains along.
         params: all parameters.
         run: the run.
         unfinished: the run's scratch folder.
@@ -250,11 +258,14 @@ def fit(
     settings = params.train
     method = params.methods[run.method]
     optimizer = method.optimizer(adapted, run.learning_rate)
-    recorder.record_gates(optimizer)
+    share = processes.share_of(rows.batch_size)
+    task_rows = max(settings.batch_size - processes.rank() * share, 0)  # its part of a batch is contiguous
+    if recorder:
+        recorder.record_gates(optimizer)
     arguments = TrainingArguments(
         output_dir=str(unfinished),
         max_steps=rows.steps,
-        per_device_train_batch_size=rows.batch_size,
+        per_device_train_batch_size=share,
         train_sampling_strategy="sequential",
         lr_scheduler_type="linear",
         max_grad_norm=settings.max_grad_norm,
@@ -271,15 +282,17 @@ def fit(
         activation_checkpointing_kwargs={"use_reentrant": False},
         seed=run.seed,
         include_num_input_tokens_seen="non_padding",
+        ddp_find_unused_parameters=False,
     )
     trainer = ObjectiveTrainer(
-        Objective(method, adapted, settings.batch_size, settings.micro_batch),
+        Objective(method, adapted, task_rows, settings.micro_batch),
         model=adapted.model,
         args=arguments,
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         optimizers=(optimizer, None),
-        callbacks=[recorder, StateSaver(unfinished)],
+        callbacks=[*([recorder] if recorder else []), StateSaver(unfinished)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(state) if state else None)
+    processes.check_alike(adapted.trained)

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from socket import gethostname
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from folora import devices
+from folora.devices import VISIBLE, take_device
+from folora.hold import hold
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from conftest import Refused, SaveParams
+
+pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A machine with so many GPUs."""
+    monkeypatch.setenv(VISIBLE, "")  # so that it is put back
+    monkeypatch.delenv(VISIBLE)
+
+    def make(count: int) -> None:
+        monkeypatch.setattr(devices, "_devices", lambda: [str(index) for index in range(count)])
+
+    return make
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def taken(held: ExitStack) -> str | None:
+    """The device that another stage gets, its environment being that of its runner."""
+    take_device(held)
+    return os.environ.pop(VISIBLE, None)
+
+
+def test_each_stage_has_a_device_of_its_own(machine: Callable[[int], None], held: ExitStack) -> None:
+    machine(3)
+    assert [taken(held) for _ in range(3)] == ["0", "1", "2"]
+
+
+def test_who_comes_when_all_are_taken_waits_for_one(
+    machine: Callable[[int], None],
+    held: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    machine(2)
+    other = ExitStack()
+    assert [taken(held), taken(other)] == ["0", "1"]
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            other.close()
+
+    monkeypatch.setattr(devices.time, "sleep", nap)
+    assert taken(held) == "1"
+    assert naps == [devices.POLL] * 2
+    assert capsys.readouterr().err == "folora: all GPUs are at work (0, 1): waiting for one\n"
+
+
+def test_those_that_somebody_chose_are_the_ones_there_are(
+    machine: Callable[[int], None], held: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(8)
+    for expected in ("GPU-5c1", "GPU-77f"):
+        monkeypatch.setenv(VISIBLE, "GPU-5c1,GPU-77f")
+        assert taken(held) == expected
+
+
+@pytest.mark.parametrize("chosen", ["3", ""])
+def test_one_that_somebody_chose_may_be_shared(
+    chosen: str, machine: Callable[[int], None], held: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(8)
+    with hold(Path(f"GPU 3 of {gethostname()}")):
+        for _ in range(2):
+            monkeypatch.setenv(VISIBLE, chosen)
+            assert taken(held) == chosen
+
+
+def test_without_gpus_nothing_is_taken(machine: Callable[[int], None], held: ExitStack) -> None:
+    machine(0)
+    assert taken(held) is None
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda", "0"), ("cpu", None)])
+def test_a_stage_takes_one_where_its_model_is_loaded_on_one(
+    device: str,
+    seen: str | None,
+    machine: Callable[[int], None],
+    refused: Refused,
+    save_params: SaveParams,
+    tiny_values: dict[str, Any],
+) -> None:
+    machine(2)
+    loading = {
+        "device": device,
+        "dtype": "float32",
+        "attention": "eager",
+        "bos_token": None,
+        "trust_remote_code": False,
+    }
+    foundation = {"source": "pretrained", "model": "none", "revision": None, "loading": loading}
+    params = save_params(tiny_values | {"foundation": foundation})
+    assert "manifest" in refused("heldout", "--foundation", "none", "--threads", 1, "--params", params)
+    assert os.environ.get(VISIBLE) == seen
