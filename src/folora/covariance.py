@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.health import PRODUCTS
+from folora.health import PRODUCTS, TokenCount
 from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
 from folora.proxy import PROXY_COLUMNS
@@ -163,7 +163,7 @@ class CovarianceManifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    tokens: TokenCount
     positions: str
 
 
