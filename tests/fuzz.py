@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SECONDS = 5.0  # that a case may take
-GROWTH = 512 * 1024 * 1024  # bytes that the process may grow by over all cases of a reader
+GROWTH = 256 * 1024 * 1024  # bytes that the process may grow by over all cases of a reader
 DEEP = "deep"  # stands for nesting that json.dumps could not write
 
 # what strangers write where something else is expected
@@ -462,7 +462,7 @@ def write_adapter(made: Pipeline, folder: Path) -> None:
 
 # watching
 class Watch:
-    """Sees by Python's audit events what a case does outside of its folder."""
+    """Sees by Python's audit events what a case does outside of its folder; libraries in C only read."""
 
     WRITES = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"})
     FORBIDDEN = frozenset(
@@ -530,7 +530,7 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
             if problem:
                 if problem not in outcome.problems and failures is not None:
                     kept = failures / f"{name} {number}".replace(" ", "-")
-                    shutil.copytree(place, kept)
+                    shutil.copytree(place, kept, dirs_exist_ok=True)
                     print(f"{name} {number}: {problem}\n  {chosen} in {kept}", flush=True)
                 outcome.problems[problem] += 1
             if (place / chosen).exists():
@@ -601,12 +601,12 @@ def counts(chosen: dict[str, Reader], count: int) -> dict[str, int]:
     return {name: max(1, round(count * reader.share / whole)) for name, reader in chosen.items()}
 
 
-def fuzz_all(made: Pipeline, folder: Path, count: int, seed: int, failures: Path | None = None) -> list[Outcome]:
+def fuzz_all(made: Pipeline, folder: Path, count: int, seed: int) -> list[Outcome]:
     """Share cases among all readers."""
     with quiet():
         chosen = readers(made, folder)
         shares = counts(chosen, count)
-        return [fuzz(name, reader, range(shares[name]), seed, folder, failures) for name, reader in chosen.items()]
+        return [fuzz(name, reader, range(shares[name]), seed, folder) for name, reader in chosen.items()]
 
 
 def main() -> None:
@@ -642,11 +642,14 @@ def run_apart(name: str, reader: Reader, cases: range, seed: int, folder: Path, 
     answer, ask = os.pipe()
     child = os.fork()
     if not child:
-        os.close(answer)
-        outcome = fuzz(name, reader, cases, seed, folder, failures)
-        with os.fdopen(ask, "w") as pipe:
-            json.dump(vars(outcome), pipe)
-        os._exit(0)
+        try:
+            outcome = fuzz(name, reader, cases, seed, folder, failures)
+            with os.fdopen(ask, "w") as pipe:
+                json.dump(vars(outcome), pipe)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(0)  # the folder is the parent's to remove
     os.close(ask)
     with os.fdopen(answer) as pipe:
         said = pipe.read()

@@ -163,6 +163,7 @@ SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "type": (lambda t, _: t.update({Q: t[Q].float()}), "its sums are not float64"),
     "fourth": (lambda t, _: t[f"fourth/{Q}"].mul_(1e6), "its sums are not those of"),
     "tokens": (lambda _, m: m.update(tokens=3), "its sums are not those of 3 tokens"),
+    "many tokens": (lambda _, m: m.update(tokens=10**400), "tokens: Input should be less than or equal to"),
     "no tokens": (lambda _, m: m.update(tokens=0), "tokens: Input should be greater than or equal to 1 (got 0)"),
     "text": (lambda _, m: m.update(tokens="9"), "tokens: Input should be a valid integer (got '9')"),
     "tensor": (lambda t, _: t.pop(Q), f"lacks {Q}: delete it"),
@@ -179,4 +180,4 @@ def test_sick_moments_are_refused_and_the_layer_named(sickness: str, pipeline: P
     with pytest.raises(FoLoRAError, match=r"x: ") as refused:
         read_moments([(tmp_path / "x", {})])
     assert expected in str(refused.value)
-    assert sickness in ("tokens", "no tokens", "text", "groups") or Q in str(refused.value)
+    assert sickness in ("tokens", "many tokens", "no tokens", "text", "groups") or Q in str(refused.value)

@@ -117,6 +117,10 @@ def test_what_is_no_adapter_for_this_model_is_one_line(pipeline: Pipeline, runs:
     names.save_pretrained(str(tmp_path / "names"))
     with pytest.raises(FoLoRAError, match="does not fit this base model"):
         measure(pipeline, tmp_path / "names")
+    pattern = LoraConfig(r=2, target_modules="q_proj**+")
+    pattern.save_pretrained(str(tmp_path / "names"))
+    with pytest.raises(FoLoRAError, match="does not fit this base model, or is damaged: multiple repeat"):
+        measure(pipeline, tmp_path / "names")
     shutil.copytree(runs / "lora" / LORA / "adapter", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.health import PRODUCTS
+from folora.health import PRODUCTS, TokenCount
 from folora.layers import Groups, adapted_layers, batches, input_groups
 from folora.moments import Moments, collect
 from folora.proxy import PROXY_COLUMNS
@@ -172,7 +172,7 @@ class CovarianceManifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1)]
-    tokens: Annotated[int, Field(ge=1)]
+    tokens: TokenCount
     positions: str
 
 

@@ -15,12 +15,15 @@ SOLVED = 1e-4
 LEADING = 1e-2
 # Basis and moments are stored as float32, so VᵀC_pV read back deviates from I by its rounding times the condition.
 STORED, SINGLE = 1e-3, 1e-6
+# A greater count of tokens is a damaged one: float64 sums over so many would have lost single tokens.
+MOST_TOKENS = 2**53
 # Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
 GATE_DIFFERENCE = 0.05
 
 LOOPING = 0.05  # share of the proxy text's sequences that may end in a loop
 
 Size = Annotated[float, Field(ge=0)]
+TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
 class HealthRecord(BaseModel):
@@ -49,8 +52,8 @@ class SpectrumManifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1)]
-    proxy_tokens: Annotated[int, Field(ge=1)]
-    task_tokens: Annotated[int, Field(ge=1)]
+    proxy_tokens: TokenCount
+    task_tokens: TokenCount
     health: dict[str, HealthRecord]
     sequences: Annotated[int, Field(ge=1)]
     loops: Annotated[int, Field(ge=0)]

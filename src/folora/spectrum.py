@@ -123,7 +123,7 @@ def defect(one: LayerSpectrum) -> str | None:
         return "its tensors are not float32 or float64"
     if one.eigenvalues[0] < 0 or (one.eigenvalues.diff() < 0).any():
         return "its eigenvalues are negative or out of order"
-    traces = one.penalty.double().trace(), one.utility.double().trace()
+    traces = [C.diagonal().double().sum() for C in matrices[1:]]
     if min(traces) <= 0:
         return "a moment of it has no energy"
     q = len(one.eigenvalues)

@@ -301,6 +301,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, **expected:
     require(path)
     try:
         table = pq.read_table(path)
+        table.validate(full=True)  # else text that is none is found only when it is used
     except (pa.ArrowException, OSError) as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
     metadata = table.schema.metadata or {}

@@ -7,6 +7,7 @@ input, as the forgetting meter does. Any PEFT adapter will do whose layers can b
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,8 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError)
+    # of re: target_modules may be a pattern
+    mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, re.error)
     try:
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (SafetensorError, *mistakes) as error:
