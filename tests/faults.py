@@ -210,7 +210,8 @@ def refuse(workspace: Path, runner: str, fault: str, outputs: list[str]) -> list
         if fault == "readonly":
             for folder in folders:
                 set_writable(folder, writable=True)
-    said = [done.stdout, done.stderr, *(path.read_text() for path in (workspace / "logs").glob("*.log"))]
+    # under Snakemake a stage speaks in its log; Snakemake's own traceback, where it cannot tidy up, is not ours
+    said = [path.read_text() for path in (workspace / "logs").glob("*.log")] or [done.stdout, done.stderr]
     lines = [line for text in said for line in text.splitlines() if line.startswith("folora: ")]
     problems = [] if done.returncode else ["it did not fail"]
     if not any(": cannot be written (" in line for line in lines):

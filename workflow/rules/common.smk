@@ -27,6 +27,11 @@ EVERY_OUTPUT = [path for stage in STAGES.values() for path in stage.outputs]
 if workflow.is_main_process:
     # what a killed job left incomplete is stale to DVC, unless the other runner has finished it since
     shutil.rmtree(".snakemake/incomplete", ignore_errors=True)
+    # a clock that was set back leaves outputs in the future, and Snakemake fails a job whose inputs are newer than it
+    for path in map(Path, EVERY_OUTPUT):
+        for dated in (path, path / ".snakemake_timestamp"):
+            if dated.exists() and dated.stat().st_mtime > time.time():
+                dated.touch()
 
 MARKERS.mkdir(parents=True, exist_ok=True)
 for name in STALE:
