@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-import folora.train
 from folora.adapter import load_checkpoint
 from folora.methods import kinds
 from folora.params import Params
 from folora.storage import read_table
 from folora.tracking import Sender
-from folora.train import TrainInputs, train_run
+from folora.train import Training, TrainInputs, train_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,17 +64,18 @@ def test_starts_at_the_base_and_exports_what_it_trained(
     with torch.no_grad():
         base = pipeline.base.load_model()(input_ids=ids).logits
     seen: list[Any] = []
-    fit = folora.train.fit
+    fit = Training.fit
 
-    def spy(adapted: Any, *arguments: Any) -> None:
+    def spy(training: Training, *arguments: Any) -> None:
+        adapted = training.adapted
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
             torch.testing.assert_close(adapted.model.eval()(**batch).logits, base, rtol=0, atol=1e-4)
-        fit(adapted, *arguments)
+        fit(training, *arguments)
         torch.testing.assert_close(adapted.base_logits(batch), base, rtol=0, atol=1e-4)
         seen.append(adapted)
 
-    monkeypatch.setattr(folora.train, "fit", spy)
+    monkeypatch.setattr(Training, "fit", spy)
     monkeypatch.setattr(Sender, "do", lambda *_: None)  # MLflow takes as long as such a training
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
     train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")

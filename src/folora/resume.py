@@ -75,7 +75,8 @@ class StateSaver(TrainerCallback):
 
 def seal(folder: Path, state: Path) -> None:
     """Write down the digests of a state's files and of the adapters in the scratch folder."""
-    files = [path for part in (state, folder / CHECKPOINTS) for path in sorted(part.rglob("*")) if path.is_file()]
+    found = [path for part in (state, folder / CHECKPOINTS) for path in sorted(part.rglob("*")) if path.is_file()]
+    files = [path for path in found if path.name != SEAL_FILE]
     with publish(state / SEAL_FILE) as partial:
         write_json(partial, {str(path.relative_to(folder)): digest_of_file(path) for path in files})
 

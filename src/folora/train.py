@@ -18,7 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArgume
 from folora import processes
 from folora.adapter import AdaptedModel, Context
 from folora.covariance import CountedText
-from folora.coverage import COVERAGE_FILE, coverage, print_coverage
+from folora.coverage import COVERAGE_FILE, Covered, coverage, print_coverage
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.objective import Objective
@@ -64,6 +64,83 @@ class TrainInputs:
     spectrum: Path
 
 
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready to begin.
+
+    Attributes:
+        params: all parameters.
+        run: the run's own.
+        adapted: the model.
+        tokenizer: pads the batches.
+        rows: the schedule.
+        text: measures the KL to the base.
+        covered: what of the model is adapted.
+    """
+
+    params: Params
+    run: Run
+    adapted: AdaptedModel
+    tokenizer: PreTrainedTokenizerBase
+    rows: ScheduledRows
+    text: HeldOutText
+    covered: list[Covered]
+
+    @property
+    def method(self) -> Method:
+        """Of the run."""
+        return self.params.methods[self.run.method]
+
+    def fit(self, recorder: Recorder | None, unfinished: Path, state: Path | None) -> None:
+        """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm.
+
+        Args:
+            recorder: keeps checkpoints and history; None for a process that only trains along.
+            unfinished: the run's scratch folder.
+            state: in it, to go on from; None to begin.
+        """
+        settings = self.params.train
+        optimizer = self.method.optimizer(self.adapted, self.run.learning_rate)
+        share = processes.share_of(self.rows.batch_size)
+        task_rows = max(settings.batch_size - processes.rank() * share, 0)  # its part of a batch is contiguous
+        if recorder:
+            recorder.record_gates(optimizer)
+        arguments = TrainingArguments(
+            output_dir=str(unfinished),
+            max_steps=self.rows.steps,
+            per_device_train_batch_size=share,
+            train_sampling_strategy="sequential",
+            lr_scheduler_type="linear",
+            max_grad_norm=settings.max_grad_norm,
+            logging_steps=settings.log_every,
+            logging_first_step=True,  # a run shorter than log_every has a history too
+            save_strategy="no",  # StateSaver says when
+            save_total_limit=STATES_KEPT,
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=not sys.stderr.isatty(),
+            use_cpu=self.adapted.model.device.type == "cpu",
+            activation_checkpointing=settings.gradient_checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            seed=self.run.seed,
+            include_num_input_tokens_seen="non_padding",
+            ddp_find_unused_parameters=False,
+        )
+        trainer = ObjectiveTrainer(
+            Objective(self.method, self.adapted, task_rows, settings.micro_batch),
+            model=self.adapted.model,
+            args=arguments,
+            train_dataset=self.rows,
+            data_collator=DataCollatorForSeq2Seq(self.tokenizer),
+            optimizers=(optimizer, None),
+            callbacks=[*([recorder] if recorder else []), StateSaver(unfinished)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(state) if state else None)
+        processes.check_alike(self.adapted.trained)
+
+
 def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float | None:
     """Train one run and write its folder; returns the median seconds of an optimizer step.
 
@@ -73,12 +150,50 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     Raises:
         FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
     """
+    training = prepare(params, name, base, inputs)
+    if processes.rank() > 0:
+        training.fit(None, *processes.from_first((Path(), None)))
+        return None
+    print_coverage(training.covered)
+    adapted, manifest = training.adapted, run_manifest(params, name, base, inputs)
+    due = checkpoint_steps(training.rows.steps, params.train.checkpoints)
+    with scratch(**manifest) as unfinished:
+        state = last_state(unfinished)
+        begun = step_of(state) if state else 0
+        with (
+            publish(output) as folder,
+            run_log(params.tracking, card_of(manifest), source_tags(params), begun) as log,
+        ):
+            checkpoints = unfinished / CHECKPOINTS
+            recorder = Recorder(checkpoints, adapted, training.text, training.method.kl_budget, due, log)
+            training.fit(recorder, *processes.from_first((unfinished, state)))
+            if not adapted.moved():
+                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
+            adapted.save(folder / "adapter")
+            size = sum(parameter.numel() for parameter in adapted.trained)
+            about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
+            write_table(folder / "history.parquet", recorder.table(), about)
+            write_json(folder / COVERAGE_FILE, [vars(one) for one in training.covered])
+            write_json(folder / MANIFEST_FILE, manifest | made_with())
+            if peft_adapter(folder):
+                log.adapter(folder / "adapter", training.rows.steps)
+            # last: until then a full disk loses nothing
+            shutil.move(checkpoints, folder / CHECKPOINTS)
+    return recorder.step_seconds
+
+
+def prepare(params: Params, name: str, base: Base, inputs: TrainInputs) -> Training:
+    """Read what a run needs, and make its model.
+
+    Raises:
+        FoLoRAError: an input is damaged or of another model or parameter set, or the method cannot do what is asked.
+    """
     run = params.runs[name]
     method = params.methods[run.method]
+    key = f"methods.{run.method}.kl_budget"
     if method.kl_budget and processes.count() > 1:
-        raise FoLoRAError(f"methods.{run.method}.kl_budget: only one process can keep it: train without torchrun")
+        raise FoLoRAError(f"{key}: only one process can keep it: train without torchrun")
     processes.join(base.loading.device)
-    manifest = run_manifest(params, name, base, inputs)
     task_rows = read_task_rows(params, run, base, inputs.task)
     sampling = params.proxy.sampling(run.proxy)
     shards = _proxy_shards(params, inputs).items()
@@ -91,51 +206,25 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     bare = base.load_model()
     spectrum = spectrum.to(bare.device)
     covered = coverage(bare, spectrum.layers)
-    if processes.rank() == 0:
-        print_coverage(covered)
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
-    counted = task_rows[: params.covariance.task_rows]
-    task_text = CountedText(
-        [row["input_ids"] for row in counted],
-        [[label != IGNORED for label in row["labels"]] for row in counted],
-        params.covariance.task_positions,
-        params.covariance.batch_size,
-        tokenizer.pad_token_id,
-    )
+    task_text = _counted_text(params, task_rows, tokenizer)
     context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, task_text)
     adapted = method.adapt(bare, context)
     if method.kl_budget and not adapted.scalable:
-        key = f"methods.{run.method}.kl_budget"
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
-    if processes.rank() > 0:
-        fit(adapted, tokenizer, rows, None, params, run, *processes.from_first((Path(), None)))
-        return None
-    due = checkpoint_steps(rows.steps, params.train.checkpoints)
-    with scratch(**manifest) as unfinished:
-        state = last_state(unfinished)
-        begun = step_of(state) if state else 0
-        with (
-            publish(output) as folder,
-            run_log(params.tracking, card_of(manifest), source_tags(params), begun) as log,
-        ):
-            recorder = Recorder(unfinished / CHECKPOINTS, adapted, text, method.kl_budget, due, log)
-            fit(adapted, tokenizer, rows, recorder, params, run, *processes.from_first((unfinished, state)))
-            if not adapted.moved():
-                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
-            adapted.save(folder / "adapter")
-            size = sum(parameter.numel() for parameter in adapted.trained)
-            about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
-            write_table(folder / "history.parquet", recorder.table(), about)
-            write_json(folder / COVERAGE_FILE, [vars(one) for one in covered])
-            write_json(folder / MANIFEST_FILE, manifest | made_with())
-            if peft_adapter(folder):
-                log.adapter(folder / "adapter", rows.steps)
-            # last: until then a full disk loses nothing
-            shutil.move(unfinished / CHECKPOINTS, folder / CHECKPOINTS)
-    return recorder.step_seconds
+    return Training(params, run, adapted, tokenizer, rows, text, covered)
+
+
+def _counted_text(params: Params, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> CountedText:
+    """The task's text as the covariance stage counts it, for methods that measure the utility again."""
+    settings = params.covariance
+    counted = rows[: settings.task_rows]
+    learned = [[label != IGNORED for label in row["labels"]] for row in counted]
+    ids = [row["input_ids"] for row in counted]
+    return CountedText(ids, learned, settings.task_positions, settings.batch_size, tokenizer.pad_token_id)
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
@@ -231,68 +320,3 @@ class ObjectiveTrainer(ResumableTrainer):
         """None: nothing here reads the estimate, and making it walks over all parameters at every step."""
         del inputs
         return 0
-
-
-def fit(
-    adapted: AdaptedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: ScheduledRows,
-    recorder: Recorder | None,
-    params: Params,
-    run: Run,
-    unfinished: Path,
-    state: Path | None,
-) -> None:
-    """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm.
-
-    Args:
-        adapted: the model.
-        tokenizer: pads the batches.
-        rows: the schedule.
-        recorder: keeps checkpoints and history; None for a process that only trains along.
-        params: all parameters.
-        run: the run.
-        unfinished: the run's scratch folder.
-        state: in it, to go on from; None to begin.
-    """
-    settings = params.train
-    method = params.methods[run.method]
-    optimizer = method.optimizer(adapted, run.learning_rate)
-    share = processes.share_of(rows.batch_size)
-    task_rows = max(settings.batch_size - processes.rank() * share, 0)  # its part of a batch is contiguous
-    if recorder:
-        recorder.record_gates(optimizer)
-    arguments = TrainingArguments(
-        output_dir=str(unfinished),
-        max_steps=rows.steps,
-        per_device_train_batch_size=share,
-        train_sampling_strategy="sequential",
-        lr_scheduler_type="linear",
-        max_grad_norm=settings.max_grad_norm,
-        logging_steps=settings.log_every,
-        logging_first_step=True,  # a run shorter than log_every has a history too
-        save_strategy="no",  # StateSaver says when
-        save_total_limit=STATES_KEPT,
-        report_to=[],
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=not sys.stderr.isatty(),
-        use_cpu=adapted.model.device.type == "cpu",
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        seed=run.seed,
-        include_num_input_tokens_seen="non_padding",
-        ddp_find_unused_parameters=False,
-    )
-    trainer = ObjectiveTrainer(
-        Objective(method, adapted, task_rows, settings.micro_batch),
-        model=adapted.model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        optimizers=(optimizer, None),
-        callbacks=[*([recorder] if recorder else []), StateSaver(unfinished)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(state) if state else None)
-    processes.check_alike(adapted.trained)
