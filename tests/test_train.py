@@ -14,7 +14,7 @@ from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.schedule import batch_rows
 from folora.storage import read_json, read_table
-from folora.train import TrainInputs, train_run
+from folora.train import Training, TrainInputs, train_run
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,17 +41,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class Spy:
-    """Stands in for ``fit``: keeps the model and every batch it is trained on."""
+    """Stands in for ``Training.fit``: keeps the model and every batch it is trained on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[dict[str, torch.Tensor]] = []
-        original = folora.train.fit
+        original = Training.fit
 
-        def fit(adapted: Any, *arguments: Any) -> None:
-            self.model = adapted.model
-            original(adapted, *arguments)
+        def fit(training: Training, *arguments: Any) -> None:
+            self.model = training.adapted.model
+            original(training, *arguments)
 
-        monkeypatch.setattr(folora.train, "fit", fit)
+        monkeypatch.setattr(Training, "fit", fit)
         collate = folora.train.DataCollatorForSeq2Seq.__call__
 
         def keep(collator: Any, *arguments: Any, **options: Any) -> Any:
