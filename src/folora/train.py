@@ -137,6 +137,7 @@ class Training:
             callbacks=[*([recorder] if recorder else []), StateSaver(unfinished)],
         )
         trainer.remove_callback(PrinterCallback)
+        self.adapted.model.train()  # every module: PEFT's wrapper says it trains while what it wraps does not
         trainer.train(resume_from_checkpoint=str(state) if state else None)
         processes.check_alike(self.adapted.trained)
 
