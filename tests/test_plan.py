@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import ROOT
 from transformers import LlamaConfig, Qwen2Config
+from typer.testing import CliRunner
 
+from folora.base import Base
+from folora.cli import app
 from folora.commands.plan import LIBRARIES, empty_model, make_plan, plan_stages, shape_of
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
@@ -102,9 +106,36 @@ def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) 
     assert any("covariance needs" in line for line in plan.warnings)
 
 
+def test_the_basis_of_a_wide_input_can_be_truncated(llama_8b: dict[str, Any]) -> None:
+    whole = make_plan(Params.model_validate(llama_8b))
+    part = make_plan(Params.model_validate(llama_8b | {"spectrum": {"shrinkage": 0.01, "directions": 512}}))
+    (line,) = [line for line in part.warnings if "14,336" in line and "spectrum.directions" in line]
+    assert "32 inputs of width 14,336 keep the 512 directions with the greatest λ, " in line
+    assert "instead of 13.2 GB of all 14,336" in line
+    before, after = ({stage.stage: stage for stage in plan.stages} for plan in (whole, part))
+    assert after["spectrum"].operations < before["spectrum"].operations / 5
+    assert after["spectrum"].disk == 4 * 32 * (2 * 14_336**2 + 512 * 14_336 + 3 * (2 * 4096**2 + 512 * 4096))
+    assert after["train"].memory < before["train"].memory
+
+
+def test_a_stage_says_what_it_takes_before_it_begins(
+    llama_8b: dict[str, Any], save_params: SaveParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Base(tmp_path / "llama", {"model": "", "tokenizer": "", "loading": LOADING.model_dump()})
+    monkeypatch.setattr("folora.base.open_base", lambda _: base)
+    options = ("--foundation", "f", "--threads", "1", "--params", save_params(llama_8b), "--output", tmp_path / "out")
+    result = CliRunner().invoke(app, list(map(str, ("proxy", "sampled", 0, *options))))
+    params = Params.model_validate(llama_8b)
+    tokens = len(params.proxy.shards) * params.proxy.sequences * params.proxy.max_length
+    assert re.match(
+        rf"proxy, \d jobs together: {tokens:,} tokens, .* of disk, about .* here; 1\d\.\d GB", result.stderr
+    )
+    assert result.exit_code != 0  # there are no weights
+
+
 @pytest.mark.parametrize("name", HUB_MODELS)
 def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folora.commands.plan._config", lambda _: HUB_MODELS[name])
+    monkeypatch.setattr("folora.commands.plan._config", lambda *_: HUB_MODELS[name])
     params = load_params(ROOT / "workflow" / "presets" / f"{name}.yaml")
     plan = make_plan(params)
     assert all(stage.memory < 80e9 for stage in plan.stages)

@@ -27,6 +27,7 @@ from folora.hold import hold
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from folora.base import Base
     from folora.params import Params
 
 app = typer.Typer(
@@ -164,10 +165,9 @@ def proxy(
     """Sample text from the base model, or take other text in its place."""
     params = _prepare(params_file, output, threads)
     _entry(params.proxy.sources, source, "proxy.sources")
-    from folora.base import open_base
     from folora.proxy import generate_proxy
 
-    generate_proxy(params.proxy, source, str(shard), open_base(foundation), output)
+    generate_proxy(params.proxy, source, str(shard), _base(foundation, params, "proxy"), output)
 
 
 @stage
@@ -179,10 +179,9 @@ def heldout(
 ) -> None:
     """Sample the text from the base model that measures KL and perplexity."""
     params = _prepare(params_file, output, threads)
-    from folora.base import open_base
     from folora.proxy import generate_heldout
 
-    generate_heldout(params.proxy, open_base(foundation), output)
+    generate_heldout(params.proxy, _base(foundation, params, "heldout"), output)
 
 
 @stage
@@ -195,10 +194,9 @@ def covariance(
 ) -> None:
     """Sum the second moments of the layer inputs over some text."""
     params = _prepare(params_file, output, threads)
-    from folora.base import open_base
     from folora.covariance import compute_covariance
 
-    compute_covariance(params, open_base(foundation), rows, output)
+    compute_covariance(params, _base(foundation, params, "covariance"), rows, output)
 
 
 @stage
@@ -214,12 +212,12 @@ def spectrum(
 ) -> None:
     """Solve the generalised eigenproblem of every layer input."""
     params = _prepare(params_file, output, threads, model=False)
-    from folora.base import open_base
     from folora.spectrum import compute_spectrum
 
     _entry(params.tasks, task, "tasks")
     _entry(params.proxy.sources, source, "proxy.sources")
-    compute_spectrum(params, task, source, open_base(foundation), proxy_moments, task_moments, output)
+    base = _base(foundation, params, "spectrum")
+    compute_spectrum(params, task, source, base, proxy_moments, task_moments, output)
 
 
 @stage
@@ -237,10 +235,10 @@ def train(
     """Train the adapter of one run."""
     params = _prepare(params_file, output, threads)
     _entry(params.runs, run, "runs")
-    from folora.base import open_base
     from folora.train import TrainInputs, train_run
 
-    return train_run(params, run, open_base(foundation), TrainInputs(task_rows, proxy, heldout, spectrum), output)
+    base = _base(foundation, params, "train")
+    return train_run(params, run, base, TrainInputs(task_rows, proxy, heldout, spectrum), output)
 
 
 @stage
@@ -301,6 +299,19 @@ class Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line without them."""
         return redacted(super().format(record))
+
+
+def _base(foundation: Path, params: Params, stage: str) -> Base:
+    """Open the base model of a stage; what the stage takes is said first, but for the small offline model."""
+    from folora.base import open_base
+    from folora.params import PretrainedFoundation
+
+    base = open_base(foundation)
+    if isinstance(params.foundation, PretrainedFoundation) and processes.rank() == 0:
+        from folora.commands.plan import head_line
+
+        print(head_line(params, base.folder, stage), file=sys.stderr)
+    return base
 
 
 def _entry(table: dict[str, T], name: str, section: str) -> T:

@@ -100,19 +100,32 @@ class Plan:
         return {"coverage": [vars(one) for one in self.covered], "stages": stages, "warnings": self.warnings}
 
 
-def make_plan(params: Params) -> Plan:
+def make_plan(params: Params, folder: Path | None = None) -> Plan:
     """Plan every stage.
+
+    Args:
+        params: the parameter file.
+        folder: of the pinned model; None: its configuration is looked up where the parameters say.
 
     Raises:
         FoLoRAError: the model's configuration is not to be had.
     """
-    model = empty_model(params)
+    model = empty_model(params, folder)
     shape, covered = shape_of(model, params)
-    stages = plan_stages(params, shape, _speed("float32"), _speed("float64"))
+    stages = plan_stages(params, shape, _speed("float32", _device(params)), _speed("float64", "cpu"))
     return Plan(covered, stages, _warnings(stages, shape) + _truncated(shape, params.spectrum.directions))
 
 
-def empty_model(params: Params) -> PreTrainedModel:
+def head_line(params: Params, folder: Path, stage: str) -> str:
+    """What a stage takes, in a line to print before it begins; ``folder`` holds the pinned model."""
+    plan = next(one for one in make_plan(params, folder).stages if one.stage == stage)
+    tokens = f"{plan.tokens:,} tokens, " if plan.tokens else ""
+    jobs = f"{plan.jobs} jobs together" if plan.jobs > 1 else "1 job"
+    memory, disk = _bytes(plan.memory), _bytes(plan.disk)
+    return f"{stage}, {jobs}: {tokens}{disk} of disk, about {duration(plan.seconds)} here; {memory} of memory each"
+
+
+def empty_model(params: Params, folder: Path | None = None) -> PreTrainedModel:
     """The base model without weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -120,12 +133,21 @@ def empty_model(params: Params) -> PreTrainedModel:
     from folora.base import with_plain_layers
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(params), attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(_config(params, folder), attn_implementation="eager")
     with_plain_layers(model)
     return model.eval()
 
 
-def _config(params: Params) -> PretrainedConfig:
+def _device(params: Params) -> str:
+    """What the model runs on here, as far as this machine has it."""
+    import torch
+
+    if isinstance(params.foundation, OfflineFoundation) or not torch.cuda.is_available():
+        return "cpu"
+    return params.foundation.loading.device
+
+
+def _config(params: Params, folder: Path | None) -> PretrainedConfig:
     from transformers import AutoConfig
 
     from folora.foundation import GGUF, character_tokenizer, offline_config
@@ -135,7 +157,9 @@ def _config(params: Params) -> PretrainedConfig:
     if isinstance(settings, OfflineFoundation):
         return offline_config(settings, character_tokenizer())
     source, options = settings.model, {"revision": settings.revision}
-    if source.endswith(GGUF):
+    if folder is not None:
+        source, options = str(folder), {}
+    elif source.endswith(GGUF):
         source, options = str(Path(source).parent), {"gguf_file": Path(source).name}
     trusted = settings.loading.trust_remote_code
     get = partial(AutoConfig.from_pretrained, source, trust_remote_code=trusted, **options)
@@ -253,15 +277,15 @@ def _pass_tokens(params: Params, run: Run, length: int) -> int:
     return min(rows, params.train.micro_batch or rows) * longest
 
 
-def _speed(name: str) -> float:
+def _speed(name: str, device: str) -> float:
     """Floating-point operations a second of this machine's large matrix products."""
     import torch
 
-    size = 1024
-    matrix = torch.rand(size, size, dtype=getattr(torch, name))
-    matrix @ matrix
+    size = 1024 if device == "cpu" else 8192
+    matrix = torch.ones(size, size, dtype=getattr(torch, name), device=device)
+    float((matrix @ matrix)[0, 0])  # a GPU is waited for
     begun = time.perf_counter()
-    matrix @ matrix
+    float((matrix @ matrix)[0, 0])
     return 2 * size**3 / (time.perf_counter() - begun)
 
 
