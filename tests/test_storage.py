@@ -246,7 +246,7 @@ def test_a_column_of_another_type_is_named(column: list, kind: str, tmp_path: Pa
 
 
 def test_text_that_is_none_is_named(tmp_path: Path) -> None:
-    text = pa.Array.from_buffers(pa.string(), 1, pa.array(["ab"]).buffers()[:2] + [pa.py_buffer(b"\xff\xfe")])
+    text = pa.Array.from_buffers(pa.string(), 1, [*pa.array(["ab"]).buffers()[:2], pa.py_buffer(b"\xff\xfe")])
     write_table(tmp_path / "x", pa.table({"a": text}), {})
     with pytest.raises(FoLoRAError, match=r"x: damaged or truncated .*UTF"):
         read_table(tmp_path / "x")
