@@ -121,6 +121,10 @@ def test_what_is_no_adapter_for_this_model_is_one_line(pipeline: Pipeline, runs:
     pattern.save_pretrained(str(tmp_path / "names"))
     with pytest.raises(FoLoRAError, match="does not fit this base model, or is damaged: multiple repeat"):
         measure(pipeline, tmp_path / "names")
+    config = json.loads((tmp_path / "names" / "adapter_config.json").read_text())
+    (tmp_path / "names" / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": "x" * 100_000}))
+    with pytest.raises(FoLoRAError, match=r"or is damaged: .*modules_to_save Input should be a valid array"):
+        measure(pipeline, tmp_path / "names")
     shutil.copytree(runs / "lora" / LORA / "adapter", tmp_path / "damaged")
     weights = tmp_path / "damaged" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])

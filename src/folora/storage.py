@@ -302,7 +302,7 @@ def read_table(path: Path, columns: Mapping[str, str] | None = None, **expected:
     try:
         table = pq.read_table(path)
         table.validate(full=True)  # else text that is none is found only when it is used
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # of ValueError: a message about text that is none
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
     metadata = table.schema.metadata or {}
     manifest = _manifest_from(metadata.get(METADATA_KEY.encode()), path)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import BaseModel
 
 from folora.deltas import DenseLayer
 from folora.errors import FoLoRAError
@@ -44,6 +45,14 @@ class Yardsticks:
     heldout: Path
     spectrum: Path
     tasks: Path
+
+
+class Modules(BaseModel):
+    """Fields of an adapter's configuration that PEFT would take text for a list in, letter by letter."""
+
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     # of re: target_modules may be a pattern
     mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, re.error)
     try:
+        Modules.model_validate_json((adapter / "adapter_config.json").read_bytes())
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (SafetensorError, *mistakes) as error:
         reason = " ".join(str(error).split())
