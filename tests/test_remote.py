@@ -1,0 +1,57 @@
+"""Results in an S3 bucket: pushed on one machine, pulled on another, where nothing has to run again."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from workspace import AUTHOR, run, same_bytes, stale
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("dvc_s3", reason="no dvc-s3")
+server = pytest.importorskip("moto.server", reason="no moto[server]")
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A server that speaks S3, with a bucket ``results``."""
+    import boto3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    url = f"http://{host}:{port}"
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="results")
+    yield url
+    running.stop()
+
+
+def test_what_one_machine_pushes_another_pulls_and_publishes(by_dvc: Path, tmp_path: Path, endpoint: str) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(by_dvc, one)
+    run(one, "dvc", "remote", "add", "--default", "bucket", "s3://results/folora")
+    run(one, "dvc", "remote", "modify", "bucket", "endpointurl", endpoint)
+    run(one, "dvc", "push")
+    run(one, "git", "add", ".")
+    run(one, "git", *AUTHOR, "commit", "--quiet", "-m", "results")
+    run(tmp_path, "git", "clone", "--quiet", str(one), str(other))
+    run(other, "dvc", "pull")
+    same_bytes(one, other)
+    assert stale(other) == set()
+    assert "up to date" in run(other, "dvc", "repro")
+    run(other, "folora", "publish", "--uri", f"sqlite:///{tmp_path}/mlflow.db")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("folora")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(found.data.tags["run"] for found in runs) == ["base", "folora-replay-1e-2-s0", "lora-3e-3-s0"]
