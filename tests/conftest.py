@@ -274,7 +274,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", disk)
         yield disk
     finally:
-        subprocess.run(["umount", disk], check=False, capture_output=True)
+        subprocess.run(["umount", "--lazy", disk], check=False, capture_output=True)  # a test may still be in it
 
 
 @pytest.fixture
