@@ -25,5 +25,4 @@ def test_benchmark_works_and_writes_its_record(name: str, tmp_path: Path) -> Non
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["machine"]["cores"] >= 1
     for row in record.get("rows", []):
-        assert row["ratio"] > 0
         assert row["ours"]
