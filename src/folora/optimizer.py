@@ -66,22 +66,26 @@ class Coordinates:
         """Gradients, (rows, d) each, in these coordinates."""
         if self.basis is None and not self.gate_gradient:
             return gradients
-        joined = torch.cat(gradients)
+        joined = _joined(gradients)
         rotated = joined if self.basis is None else joined @ self.basis
         if self.gate is not None and self.gate_gradient:
             rotated = rotated * self.gate
         return list(rotated.split([len(gradient) for gradient in gradients]))
 
     def leave(self, updates: list[Tensor]) -> list[Tensor]:
-        """Updates, (rows, d) each, gated and back in the parameters' coordinates."""
+        """Updates, (rows, d) each, gated and back in the parameters' coordinates; they may be changed in place."""
         gate = None if self.gate_gradient else self.gate
         if self.basis is None and gate is None and self.filter is None:
             return updates
-        joined = torch.cat(updates)
-        gated = joined if gate is None else joined * gate
+        joined = _joined(updates)
+        gated = joined if gate is None else joined.mul_(gate)
         back = gated if self.basis is None else gated @ self.basis.mT
         filtered = back if self.filter is None else back @ self.filter
         return list(filtered.split([len(update) for update in updates]))
+
+
+def _joined(matrices: list[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 
 class GatedAdam(torch.optim.Optimizer):

@@ -13,7 +13,9 @@ Of a wide input the directions with the greatest λ may be enough: those left ou
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,8 @@ from folora.errors import FoLoRAError
 from folora.shrinkage import shrinkage_of
 
 if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
+
     from folora.layers import Groups
     from folora.moments import Moments
     from folora.shrinkage import ShrinkageName
@@ -219,7 +223,7 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
     C_t = normalise(utility)
     C_p, L, ridge = ridged(penalty, shrinkage, name)
     d = len(L)
-    eigenvalues, V, left_out = greatest(L, C_t, directions)
+    eigenvalues, V, left_out = greatest(C_p, L, C_t, directions)
     inverse_trace = V.square().sum() if V.shape[1] == d else estimated_inverse_trace(L)
     checked = torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
     found, penalised = C_t @ V[:, checked], C_p @ V[:, checked]
@@ -274,14 +278,34 @@ def reduced(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues, torch.linalg.solve_triangular(L.mT, U, upper=True)
 
 
-def greatest(L: Tensor, C_t: Tensor, directions: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def greatest(C_p: Tensor, L: Tensor, C_t: Tensor, directions: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """So many directions with the greatest λ, or all: as ``leading`` returns them, by whichever way is shorter."""
     if directions is not None and krylov_columns(directions) < len(L):
         return leading(L, C_t, directions)
-    eigenvalues, V = reduced(L, C_t)
+    eigenvalues, V = whole(C_p, L, C_t)
     if directions is None or directions >= len(L):
         return eigenvalues, V, V.new_zeros(())
     return eigenvalues[-directions:], V[:, -directions:].contiguous(), eigenvalues[-directions - 1]
+
+
+def whole(C_p: Tensor, L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reduced``; on a CPU by LAPACK's driver for the generalised problem, which is the faster in SciPy's build."""
+    if C_t.device.type == "cpu":
+        import scipy.linalg
+
+        with suppress(scipy.linalg.LinAlgError), _blas().limit(limits=torch.get_num_threads()):
+            # symmetric, so their transposes are the same in the order that LAPACK reads
+            eigenvalues, V = scipy.linalg.eigh(C_t.numpy().T, C_p.numpy().T, driver="gvd", check_finite=False)
+            return torch.from_numpy(eigenvalues), torch.from_numpy(V)
+    return reduced(L, C_t)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    """What sets the threads of SciPy's BLAS, which torch does not."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def krylov_columns(directions: int) -> int:

@@ -66,7 +66,7 @@ def gate_difference(
     L, failed = torch.linalg.cholesky_ex(C_a)
     if failed or not (torch.isfinite(L).all() and torch.isfinite(C_b).all()):
         return None
-    eigenvalues, V, _ = greatest(L, normalise(utility), directions)
+    eigenvalues, V, _ = greatest(C_a, L, normalise(utility), directions)
     eigenvalues = eigenvalues.clamp_min(0)
     penalties = (V * (C_b @ V)).sum(0).clamp_min(0)
     g = eigenvalues / (eigenvalues + 1)
