@@ -17,6 +17,7 @@ import altair as alt
 import torch
 from bench import SIZES, alternate, machine
 from spectrum import moments, whole
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from folora.moments import collect
@@ -29,7 +30,9 @@ RANK = 16
 
 
 def series(size: str) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
-    """What grows, with what, how much of it, and the work."""
+    """What grows, with what, how much of it, and the work; on one thread, as the stages run."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
     small = size == "tiny"
     for tokens in (256, 512) if small else (512, 1024, 2048, 4096, 8192):
         yield "moments of one input of width 576", "tokens", tokens, partial(accumulate, 576, tokens, 1)

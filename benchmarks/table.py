@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from bench import Row, spread
+from growth import table
 
 BEGIN, END = "<!-- made by benchmarks/table.py: begin -->", "<!-- end -->"
-ORDER = ("moments", "spectrum", "truncated", "training_step", "sampling", "evaluation", "start", "nothing_to_do")
+ORDER = [
+    "moments",
+    "spectrum",
+    "truncated",
+    "training_step",
+    "sampling",
+    "evaluation",
+    "start",
+    "nothing_to_do",
+    "jobs",
+]
 HEAD = ["what", "peer or limit", "work", "ours", "peer", "ratio", "asked", ""]
 
 
@@ -24,7 +35,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="page with the marks")
     options = parser.parse_args()
     records = [json.loads((options.results / f"{name}.json").read_text()) for name in ORDER]
-    text = "\n".join([_machine(records[0]["machine"]), "", *lines(records)])
+    grown = json.loads((options.results / "growth.json").read_text())
+    limits = json.loads((options.results / "limits.json").read_text())
+    parts = [_machine(records[0]["machine"], limits["rows"]), *lines(records)]
+    text = "\n".join([parts[0], "", *parts[1:], "", "How cost grows with one thing at a time:", "", *growth(grown)])
     if not options.write:
         print(text)
         return
@@ -34,12 +48,20 @@ def main() -> None:
     options.write.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
-def _machine(about: dict[str, Any]) -> str:
+def _machine(about: dict[str, Any], limits: list[dict[str, Any]]) -> str:
     memory = about["memory"] / 2**30
+    done = "; ".join(f"{row['what']} {row['ratio']:.0f}" for row in limits)
     return (
         f"Measured on {about['cores']} cores of {about['processor']}, {memory:.0f} GiB, {about['system']}, Python "
-        f"{about['python']}, torch {about['torch']}, {about['threads']} threads; median [least, greatest]."
+        f"{about['python']}, torch {about['torch']}, {about['threads']} threads; median [least, greatest]. Its limits, "
+        f"in billions a second: {done}."
     )
+
+
+def growth(record: dict[str, Any]) -> list[str]:
+    """Rows of Markdown of ``growth.json``."""
+    head, *rows = table(record["points"])
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def lines(records: list[dict[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from tqdm import tqdm
 
 from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.comparison import BASE, best_finals
@@ -165,7 +166,7 @@ def evaluate_method(
         heldout=digest_of_file(heldout),
         params=params.model_dump(mode="json", include={"tasks", "evaluation"}),
     ) as unfinished:
-        for name in digests:
+        for name in tqdm(digests, "evaluate", unit="run", disable=None):
             _measure(evaluator, params, name, runs / name, results, unfinished)
         if params.evaluation.at_best:
             _ask_at_best(evaluator, params.evaluation.at_best, runs, results, unfinished)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from folora.errors import FoLoRAError
 from folora.shrinkage import shrinkage_of
@@ -150,7 +151,7 @@ def solve_spectrum(
             directions=directions,
             name=name,
         )
-        for name in groups
+        for name in tqdm(groups, "spectrum", unit="input", disable=None)
     }
     return Spectrum(inputs, groups)
 
