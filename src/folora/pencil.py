@@ -218,7 +218,7 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
     """
     penalty, utility = penalty.double(), utility.double()
     for side, moment in (("penalty", penalty), ("utility", utility)):
-        if not STORED.tiny <= moment.abs().max() <= STORED.max or moment.trace() <= 0:
+        if not STORED.tiny <= torch.linalg.vector_norm(moment, math.inf) <= STORED.max or moment.trace() <= 0:
             reason = "is zero, not finite or beyond the range of float32"
             raise FoLoRAError(f"{name}: the {side} moment {reason}: check the data and run covariance again")
     C_t = normalise(utility)
@@ -365,4 +365,4 @@ def extreme_eigenvalues(C: Tensor, L: Tensor) -> tuple[float, float]:
 
 def effective_rank(moment: Tensor) -> float:
     """Participation ratio (tr C)² / ‖C‖_F² of the eigenvalues: d for a flat spectrum, 1 for a single direction."""
-    return float(moment.trace() ** 2 / moment.square().sum())
+    return float(moment.trace() / torch.linalg.vector_norm(moment)) ** 2  # without a square in memory
