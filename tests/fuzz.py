@@ -46,7 +46,7 @@ from folora.storage import METADATA_KEY, write_json, write_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-SECONDS = 5.0  # that a case may take
+SECONDS = 5.0  # of a processor that a case may take: of a clock, other work would count too
 GROWTH = 256 * 1024 * 1024  # bytes that the process may grow by over all cases of a reader
 DEEP = "deep"  # stands for nesting that json.dumps could not write
 
@@ -515,7 +515,7 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
     outcome = Outcome(name)
     place = folder / "case"
     others = list(reader.files.values())
-    before = signal.signal(signal.SIGALRM, too_long)
+    before = signal.signal(signal.SIGPROF, too_long)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.monotonic()
     with chdir(folder):
@@ -535,7 +535,7 @@ def fuzz(name: str, reader: Reader, cases: range, seed: int, folder: Path, failu
                 outcome.problems[problem] += 1
             if (place / chosen).exists():
                 (place / chosen).write_bytes(reader.files[chosen])
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGPROF, before)
     shutil.rmtree(place, ignore_errors=True)
     outcome.seconds = time.monotonic() - begun
     outcome.growth = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)
@@ -556,7 +556,7 @@ def attempt(reader: Reader, place: Path, folder: Path, outcome: Outcome) -> str 
     """Run one case; returns what is wrong with how it ended."""
     begun = time.monotonic()
     problem = None
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         with WATCH.over(folder), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -573,7 +573,7 @@ def attempt(reader: Reader, place: Path, folder: Path, outcome: Outcome) -> str 
         own = [f for f in frames if "folora" in Path(f.filename).parts] or frames
         problem = f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}: {str(error)[:150]!r}"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     outcome.cases += 1
     outcome.slowest = max(outcome.slowest, time.monotonic() - begun)
     return problem or (WATCH.seen[0] if WATCH.seen else None)
