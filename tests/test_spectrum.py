@@ -223,3 +223,14 @@ def test_halves_of_the_proxy_text_are_compared(
     alone = read_tensors(tmp_path / "x")[1]["health"].values()
     assert {(record["gate_difference"], record["tokens_needed"]) for record in alone} == {(None, None)}
     assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("eigenvalues", [torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 2)])
+def test_eigenvalues_of_another_shape_are_refused(
+    eigenvalues: torch.Tensor, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    tensors, manifest = read_tensors(pipeline.spectrum, artefact="spectrum")
+    name = next(iter(manifest["groups"]))
+    write_tensors(tmp_path / "s.safetensors", tensors | {f"{name}.eigenvalues": eigenvalues.double()}, manifest)
+    with pytest.raises(FoLoRAError, match=f"{name}: its tensors are not of width"):
+        read_spectrum(tmp_path / "s.safetensors")

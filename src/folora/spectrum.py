@@ -116,8 +116,8 @@ def defect(one: LayerSpectrum) -> str | None:
     """What is wrong with the tensors of a layer input, as far as ``SAMPLED`` of its directions show."""
     d: int = one.health["width"]
     matrices = (one.basis, one.penalty, one.utility)
-    shapes = {(d, d), (d, len(one.eigenvalues))}
-    if {tuple(matrix.shape) for matrix in matrices} != shapes or one.eigenvalues.ndim != 1:
+    shapes = [(d, one.eigenvalues.numel()), (d, d), (d, d)]
+    if [tuple(matrix.shape) for matrix in matrices] != shapes or one.eigenvalues.ndim != 1 or not shapes[0][1]:
         return f"its tensors are not of width {d}"
     if not {tensor.dtype for tensor in (*matrices, one.eigenvalues)} <= {torch.float32, torch.float64}:
         return "its tensors are not float32 or float64"
