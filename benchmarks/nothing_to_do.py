@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 RUNNERS = {"dvc repro": ["dvc", "repro"], "snakemake -n": ["snakemake", "-n", "--quiet"]}
 BOUNDS = {"dvc repro": 5.0, "snakemake -n": 8.0}  # seconds, on the default preset
-STAGES_BESIDE_RUNS = 20  # of the default preset, about
 
 
 def rows(size: str, repeats: int) -> Iterator[Row]:
