@@ -34,7 +34,7 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
             workspace = Path(folder) / "workspace"
             stages = make_workspace(workspace, count)
             for name, command in RUNNERS.items():
-                times = alternate(repeats if stages < 200 else 1, partial(run, workspace, *command))[0]
+                times = alternate(repeats, partial(run, workspace, *command))[0]
                 seconds[name][stages] = times
     for name, of_stages in seconds.items():
         (default, times), *grown = of_stages.items()

@@ -77,9 +77,7 @@ class Collector:
                 x = x[self._selected.reshape(-1)]
             x = x.float()
             total = self.moments.sums[name]
-            for rows in _row_blocks(
-                total
-            ):  # x xᵀ is symmetric: what lies right of its diagonal blocks is mirrored later
+            for rows in _row_blocks(total):  # what lies right of the diagonal blocks is mirrored by `finish`
                 total[rows, : rows.stop] += x[:, rows].mT @ x[:, : rows.stop]
             self.moments.fourths[name] += x.square().sum(1).double().square().sum()
 
