@@ -17,7 +17,7 @@ from folora import processes
 from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.records import read_journal
-from folora.storage import digest_of, read_json, read_table
+from folora.storage import identity_of, read_json, read_table
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def test_a_killed_training_of_two_processes_goes_on(
     subprocess.run(disturbed, check=True)
     for path in (path for path in Path("one").rglob("*") if path.is_file()):
         assert (Path("two") / path.relative_to("one")).read_bytes() == path.read_bytes(), path
-    _, readings = read_journal(digest_of(read_json(Path("two/manifest.json"))))
+    _, readings = read_journal(identity_of(read_json(Path("two/manifest.json"))))
     first = next(reading for reading in readings if reading.key == "train/loss")
     assert first.time / 1000 < killed  # it went on
     assert len(Path(".folora/costs.jsonl").read_text().splitlines()) == 2
