@@ -95,7 +95,7 @@ def _prepare(path: Path, output: Path, threads: int | None = None, *, model: boo
 
         torch.set_num_threads(threads)
         CONDITIONS["threads"] = threads
-        torch.use_deterministic_algorithms(mode=True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: 1.4 s
         foundation = params.foundation
         on_gpu = isinstance(foundation, PretrainedFoundation) and foundation.loading.device == "cuda"
         if model and on_gpu and processes.count() == 1:  # several of one training have theirs from their launcher
