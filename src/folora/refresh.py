@@ -15,11 +15,12 @@ from folora.optimizer import Coordinates
 from folora.pencil import directions_of, layer_spectrum
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from folora.adapter import AdaptedModel
     from folora.deltas import LoRALayer
-    from folora.methods.folora import FoLoRA
     from folora.moments import Moments
     from folora.pencil import LayerSpectrum
 
@@ -38,15 +39,22 @@ def carry_over(optimizer: Any, parameters: list[Tensor], old: Tensor | None, new
 
 
 class UtilityRefresh:
-    """Measures C_t on the adapted model and solves A's coordinates again: its layer inputs move while it learns."""
+    """Measures C_t on the adapted model and solves A's coordinates again: its layer inputs move while it learns.
 
-    def __init__(self, method: FoLoRA, adapted: AdaptedModel) -> None:
-        self._method, self._adapted = method, adapted
+    Args:
+        adapted: the model in training.
+        every: steps between two measurements.
+        coordinates: of a group with the spectrum that it has now, as ``Coordinates`` takes them.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, *, every: int, coordinates: Callable[[LayerGroup], dict[str, Any]]
+    ) -> None:
+        self._adapted, self._every, self._coordinates = adapted, every, coordinates
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
-        assert self._method.refresh_utility, "the hook is for methods that refresh"
-        if optimizer.steps and optimizer.steps % self._method.refresh_utility == 0:
+        if optimizer.steps and optimizer.steps % self._every == 0:
             self._refresh(optimizer)
 
     def _refresh(self, optimizer: Any) -> None:
@@ -54,7 +62,7 @@ class UtilityRefresh:
         moments = self._adapted.task_moments()
         for position, group in enumerate(groups):
             old = optimizer.coordinates[position]
-            new = Coordinates(**self._method.coordinates(LayerGroup(group.layers, self._solved(group, moments))))
+            new = Coordinates(**self._coordinates(LayerGroup(group.layers, self._solved(group, moments))))
             carry_over(optimizer, optimizer.param_groups[position]["params"], old.basis, new.basis)
             optimizer.turn(position, new)
 
@@ -75,40 +83,49 @@ class UtilityRefresh:
 class ColumnGates:
     """Reads the λ of A's rows every few steps and gates the columns of B by them; a pre-hook of the optimizer.
 
-    ``diag``: column j has λ_j = (a_j C_t a_jᵀ) / (a_j C_p a_jᵀ). ``full``: the r × r pencil (A C_t Aᵀ, A C_p Aᵀ) gives
-    coordinates for B's columns as well.
+    Column j has λ_j = (a_j C_t a_jᵀ) / (a_j C_p a_jᵀ), or else the r × r pencil (A C_t Aᵀ, A C_p Aᵀ) gives coordinates
+    for B's columns as well.
+
+    Args:
+        groups: the adapted layers.
+        first: place of the first layer's B among the parameter groups; the others follow in order.
+        every: steps between two readings.
+        moments: C_p and C_t of a group.
+        gates_of: gates of any λ.
+        rotated: whether B's columns get coordinates.
     """
 
-    def __init__(self, method: FoLoRA, groups: list[LayerGroup], first: int) -> None:
-        """Prepare to refresh.
-
-        Args:
-            method: says how often, and how.
-            groups: the adapted layers.
-            first: place of the first layer's B among the parameter groups; the others follow in order.
-        """
-        self._method, self._groups, self._first = method, groups, first
+    def __init__(
+        self,
+        groups: list[LayerGroup],
+        first: int,
+        *,
+        every: int,
+        moments: Callable[[LayerGroup], tuple[Tensor, Tensor]],
+        gates_of: Callable[[Tensor], Tensor],
+        rotated: bool,
+    ) -> None:
+        self._groups, self._first, self._every = groups, first, every
+        self._moments, self._gates_of, self._rotated = moments, gates_of, rotated
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
-        if optimizer.steps % self._method.refresh_b == 0:
+        if optimizer.steps % self._every == 0:
             position = self._first
             for group in self._groups:
-                penalty, utility = self._method.moments(group)
+                penalty, utility = self._moments(group)
                 for layer in group.layers:
-                    self._refresh(optimizer, position, layer, penalty, utility)
+                    optimizer.turn(position, self._read(optimizer, position, layer, penalty, utility))
                     position += 1
 
-    def _refresh(self, optimizer: Any, position: int, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> None:
+    def _read(self, optimizer: Any, position: int, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> Coordinates:
         A = layer.A.double()
         seen_penalty, seen_utility = A @ penalty, A @ utility  # (r, d)
-        if self._method.gate_b == "diag":
+        if not self._rotated:
             rows = (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
-            optimizer.turn(position, Coordinates(gate=self._method.gates_of(rows).float()))
-            return
+            return Coordinates(gate=self._gates_of(rows).float())
         penalty, utility = seen_penalty @ A.mT, seen_utility @ A.mT
         eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=layer.name)
         eigenvalues = eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out
         carry_over(optimizer, [layer.B], optimizer.coordinates[position].basis, basis)
-        gates = self._method.gates_of(eigenvalues).float()
-        optimizer.turn(position, Coordinates(basis=basis.float(), gate=gates))
+        return Coordinates(basis=basis.float(), gate=self._gates_of(eigenvalues).float())

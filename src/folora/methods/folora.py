@@ -195,10 +195,20 @@ class FoLoRA(SpectralMethod):
 
         optimizer = super().optimizer(adapted, learning_rate)
         if self.refresh_utility is not None:
-            optimizer.register_step_pre_hook(UtilityRefresh(self, adapted))
+            optimizer.register_step_pre_hook(
+                UtilityRefresh(adapted, every=self.refresh_utility, coordinates=self.coordinates)
+            )
         if self.gate_b != "off":
             first = len(optimizer.coordinates) - len(adapted.layers)
-            optimizer.register_step_pre_hook(ColumnGates(self, adapted.groups, first))
+            of_columns = ColumnGates(
+                adapted.groups,
+                first,
+                every=self.refresh_b,
+                moments=self.moments,
+                gates_of=self.gates_of,
+                rotated=self.gate_b == "full",
+            )
+            optimizer.register_step_pre_hook(of_columns)
         return optimizer
 
 
