@@ -9,6 +9,7 @@ and in any batches.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -92,14 +93,18 @@ def _write(
     seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
     about = {"artefact": "proxy", **base.identity, **manifest}
     samples: list[Sample] = []
-    with scratch(**about, read=read) as unfinished:
-        for start in tqdm(range(0, count, settings.batch_size), desc="proxy", unit="batch"):
+    begun = time.monotonic()
+    with scratch(**about, read=read) as unfinished, tqdm(total=count, desc="proxy", unit=" sequences") as bar:
+        for start in range(0, count, settings.batch_size):
+            batch = seeds[start : start + settings.batch_size]
 
-            def batch(start: int = start) -> list[tuple[Any, ...]]:
-                uniforms = uniform_numbers(seeds[start : start + settings.batch_size], settings.max_length - 1)
-                return [astuple(one) for one in draw(uniforms)]
+            def drawn(batch: list[int] = batch) -> list[tuple[Any, ...]]:
+                return [astuple(one) for one in draw(uniform_numbers(batch, settings.max_length - 1))]
 
-            samples += [Sample(*one) for one in kept(unfinished / f"{start}.json", batch)]
+            samples += [Sample(*one) for one in kept(unfinished / f"{start}.json", drawn)]
+            tokens = sum(len(one.token_ids) for one in samples)
+            bar.set_postfix_str(f"{tokens / max(time.monotonic() - begun, 1e-3):,.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
         counts = {"sequences": count, "loops": sum(loops(one.token_ids) for one in samples)}
         write_table(output, _table(samples, seeds, base.load_tokenizer()), about | counts)
 
