@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from folora.base import digests, open_base
+from folora.download import download
 from folora.errors import FoLoRAError
-from folora.params import Task
+from folora.params import Download, Task
 from folora.storage import read_json, read_table, write_json
 from folora.task import TokenRow, packed, prepare_task, read_rows
 
@@ -309,8 +310,12 @@ def test_a_task_has_one_form(changes: dict[str, Any], expected: str, tiny_params
 def test_a_full_cache_is_not_taken_for_bad_data(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (source := tmp_path / "source").mkdir()
     rows = [f"{number**5}" for number in range(20000)]
-    pq.write_table(pa.table({"prompt": rows, "response": rows}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"prompt": rows, "response": rows}), source / "train.parquet")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", small_disk)
-    with pytest.raises(FoLoRAError, match=rf"{small_disk}: cannot be written \(.*No space left.*\): free space"):
-        read_rows(str(tmp_path), "tasks.*.dataset")
+    expected = rf"{small_disk}: cannot be written \(.*No space left.*\): free space"
+    with pytest.raises(FoLoRAError, match=expected):
+        read_rows(str(source), "tasks.*.dataset")
+    with pytest.raises(FoLoRAError, match=expected):
+        download("mine", Download(dataset=str(source), config=None, split="train", revision=None), tmp_path / "out")

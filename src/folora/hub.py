@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, in the quota, for a file of this size
 
 
 def from_hub(key: str, source: str, revision: str | None, get: Callable[[], Any]) -> Any:
@@ -40,6 +44,8 @@ def _why(error: Exception, source: str, revision: str | None) -> str:
         RevisionNotFoundError,
     )
 
+    if full := full_cache(error):
+        return full
     causes = list(_causes(error))
     if any(isinstance(cause, GatedRepoError) for cause in causes):
         return f"{source!r} is gated: accept its terms on the hub, then log in with `hf auth login`"
@@ -53,6 +59,20 @@ def _why(error: Exception, source: str, revision: str | None) -> str:
     if Path(source).exists():
         return f"{source!r}: {reason}"
     return f"{source!r} is neither a folder here nor to be had from the hub: {reason}"
+
+
+def full_cache(error: Exception) -> str | None:
+    """Which cache has no room, and what to do, where that is what led to an error."""
+    from datasets import config
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    of_datasets = ("HF_DATASETS_CACHE", config.HF_DATASETS_CACHE)
+    name, folder = of_datasets if isinstance(error, DatasetsError) else ("HF_HUB_CACHE", HF_HUB_CACHE)
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in NO_SPACE:
+            return f"{folder}: cannot be written ({cause}): free space or set {name}"
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -6,7 +6,6 @@ A row becomes segments of text, each learned or not: a prompt and a response, or
 from __future__ import annotations
 
 import csv
-import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
+from folora.hub import full_cache
 from folora.storage import with_columns, write_table
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
 DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, in the quota, for a file of this size
 # what the libraries raise of a file that is damaged, beside their own errors
 ROW_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
 # what a template may raise beside jinja2's own errors, whatever it computes
@@ -111,7 +110,6 @@ def read_rows(dataset: str, key: str) -> Dataset:
     Raises:
         FoLoRAError: nothing is there, there are no rows, or the disk of the library's cache is full.
     """
-    from datasets import config
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowException
 
@@ -128,11 +126,8 @@ def read_rows(dataset: str, key: str) -> Dataset:
     try:
         rows = _load(path)
     except (DatasetGenerationError, ArrowException, csv.Error, *ROW_ERRORS) as error:
-        if getattr(error.__cause__, "errno", None) in NO_SPACE:
-            place = config.HF_DATASETS_CACHE
-            raise FoLoRAError(
-                f"{place}: cannot be written ({error.__cause__}): free space or set HF_DATASETS_CACHE"
-            ) from error
+        if full := full_cache(error):
+            raise FoLoRAError(full) from error
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
     if not len(rows):
