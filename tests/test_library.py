@@ -122,6 +122,19 @@ def test_everything_trainable_is_trained(spectrum: Spectrum) -> None:
     assert len(held) == len({id(one) for one in held})
 
 
+def test_replaced_parameters_are_noticed(spectrum: Spectrum) -> None:
+    """A wrapper that shards a model leaves the optimizer with parameters that nothing reads."""
+    model = fresh()
+    optimizer = folora.gated_adam(model, spectrum, learning_rate=0.01)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.requires_grad:
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.weight = torch.nn.Parameter(parameter.detach().clone())
+    model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
+    with pytest.raises(FoLoRAError, match="the first step changed no weight"):
+        optimizer.step()
+
+
 def test_the_meter_reads_what_was_learned(spectrum: Spectrum) -> None:
     model = fresh()
     optimizer = folora.gated_adam(model, spectrum, learning_rate=0.02)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from folora.errors import FoLoRAError
-from folora.optimizer import GatedAdam
+from folora.optimizer import GatedAdam, check_first_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -317,17 +318,29 @@ def test_ten_thousand_steps_do_not_drift(basis: Tensor, gate: Tensor, decay: flo
 
 
 @pytest.mark.parametrize("gradient", [None, torch.zeros(2, WIDTH)])
-def test_a_first_step_that_moves_nothing_is_an_error(gradient: Tensor | None) -> None:
+@pytest.mark.parametrize("make", [GatedAdam, torch.optim.AdamW])
+def test_a_first_step_that_moves_nothing_is_an_error(make: Any, gradient: Tensor | None) -> None:
     parameter = nn.Parameter(noise(0, 2, WIDTH))
     parameter.grad = gradient
-    with pytest.raises(FoLoRAError, match="the first step moved no parameter"):
-        GatedAdam([parameter], lr=1e-2).step()
-    GatedAdam([parameter], lr=0.0).step()  # a warm-up
+    optimizer = make([parameter], lr=0.0, weight_decay=0.0)
+    check_first_step(optimizer, partial(differs, parameter, parameter.detach().clone()))
+    optimizer.step()  # a warm-up
+    optimizer.param_groups[0]["lr"] = 1e-2
+    with pytest.raises(FoLoRAError, match="the first step changed no weight"):
+        optimizer.step()
 
 
 def test_only_the_first_step_has_to_move_something() -> None:
     parameter = nn.Parameter(noise(0, 2, WIDTH))
+    start = parameter.detach().clone()
     optimizer = GatedAdam([parameter], lr=1e-2)
+    check_first_step(optimizer, partial(differs, parameter, start))
     descend(optimizer, [parameter], range(1))
+    with torch.no_grad():
+        parameter.copy_(start)
     parameter.grad = None
     optimizer.step()
+
+
+def differs(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one, other)

@@ -19,6 +19,7 @@ from folora.layers import Groups, adapted_layers, input_groups
 from folora.meter import ForgettingMeter
 from folora.methods.folora import FoLoRA
 from folora.moments import Moments, collect
+from folora.optimizer import check_first_step
 from folora.pencil import Spectrum
 from folora.pencil import solve_spectrum as solve_pencils
 
@@ -143,6 +144,7 @@ def gated_adam(model: PeftModel, spectrum: Spectrum, *, learning_rate: float, **
     others = [parameter for parameter in adapted.trained if id(parameter) not in gated]
     if others:
         optimizer.add_param_group({"params": others})
+    check_first_step(optimizer, adapted.moved)
     return optimizer
 
 

@@ -152,29 +152,11 @@ class GatedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Raises:
-            FoLoRAError: the first step has nothing to update, or updates nothing.
-        """
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.steps:
-            self._step()
-        else:
-            held = [parameter for group in self.param_groups if group["lr"] for parameter in group["params"]]
-            before = [parameter.clone() for parameter in held]
-            self._step()
-            if held and all(map(torch.equal, held, before)):
-                raise FoLoRAError(
-                    "the first step moved no parameter: see that the loss depends on those that the optimizer holds, "
-                    "which FSDP and DeepSpeed replace, and that the gates are not 0"
-                )
-        return loss
-
-    def _step(self) -> None:
         # parameters of all groups with the same options move together: a call a parameter would cost more than its sums
         alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):
@@ -184,6 +166,7 @@ class GatedAdam(torch.optim.Optimizer):
                 alike.setdefault(options, []).append((parameters, coordinates))
         for options, groups in alike.items():
             self._step_groups(groups, *options)
+        return loss
 
     def _step_groups(
         self,
@@ -218,3 +201,27 @@ class GatedAdam(torch.optim.Optimizer):
             state["step"] += 1
         means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         return adam_directions(gradients, means, squares, steps, betas, eps)
+
+
+def check_first_step(optimizer: torch.optim.Optimizer, moved: Callable[[], bool]) -> None:
+    """Have an optimizer raise after its first step if that left the model as it was; a rate of zero does not count.
+
+    A wrapper that shards a model may replace its parameters, and the optimizer goes on with those that nothing reads.
+
+    Args:
+        optimizer: of any kind; it raises a ``FoLoRAError`` out of its ``step``.
+        moved: says whether the model in training differs from what it was before.
+    """
+    waiting = True
+
+    def check(*_: Any) -> None:
+        nonlocal waiting
+        if waiting and any(group["lr"] for group in optimizer.param_groups):
+            waiting = False
+            if not moved():
+                raise FoLoRAError(
+                    "the first step changed no weight: raise the learning rate; see that the loss depends on the "
+                    "parameters that the optimizer holds, which FSDP and DeepSpeed replace, and that a gate is open"
+                )
+
+    optimizer.register_step_post_hook(check)
