@@ -12,6 +12,7 @@ import folora.train
 from folora.base import digests
 from folora.errors import FoLoRAError
 from folora.params import Params
+from folora.recorder import Recorder
 from folora.schedule import batch_rows
 from folora.storage import read_json, read_table
 from folora.train import Training, TrainInputs, train_run
@@ -258,13 +259,18 @@ def test_inputs_of_other_parameters_are_refused(pipeline: Pipeline, tmp_path: Pa
     assert not list(tmp_path.glob("*run*"))
 
 
-@pytest.mark.parametrize("kind", ["lora", "pissa", "full"])
-def test_training_that_moved_nothing_is_an_error(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["lora", "pissa", "full", "folora"])
+def test_a_first_step_that_moved_nothing_is_an_error(
+    kind: str, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = pipeline.values()
     values["methods"]["lora"] = {"kind": kind}
     values["runs"][LORA]["learning_rate"] = 1e-60  # too small for a float32
-    with pytest.raises(FoLoRAError, match=f"runs.{LORA}: training changed no weight"):
+    begun: list[int] = []
+    monkeypatch.setattr(Recorder, "on_step_begin", lambda *arguments, **_: begun.append(arguments[2].global_step))
+    with pytest.raises(FoLoRAError, match="the first step changed no weight"):
         train(pipeline, LORA, tmp_path / "out" / "run", **values)
+    assert begun == [0]
     assert not list((tmp_path / "out").iterdir())
 
 

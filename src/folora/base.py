@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
+from folora import processes
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import Loading
@@ -79,11 +80,14 @@ class Base:
         """
         return load_tokenizer(self.folder, self.loading)
 
-    def load_model(self) -> PreTrainedModel:
+    def load_model(self, *, sharded: bool = False) -> PreTrainedModel:
         """Load the weights, ready for evaluation, every linear layer as ``torch.nn.Linear``.
 
+        Args:
+            sharded: whether this process keeps its part of them only.
+
         Raises:
-            FoLoRAError: the device is not to be had.
+            FoLoRAError: the device is not to be had, or the model cannot be sharded.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -97,6 +101,8 @@ class Base:
             trust_remote_code=loading.trust_remote_code,
         )
         with_plain_layers(model)
+        if sharded:
+            processes.shard(model, loading.device)
         return model.to(loading.device).eval()
 
 

@@ -230,6 +230,9 @@ def train(
     spectrum: Annotated[Path, typer.Option(help="Output of the spectrum stage.")],
     output: Output,
     threads: Threads,
+    shard_base: Annotated[
+        bool, typer.Option("--shard-base", help="Of several processes each holds a part of the frozen weights.")
+    ] = False,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> float | None:
     """Train the adapter of one run."""
@@ -238,7 +241,8 @@ def train(
     from folora.train import TrainInputs, train_run
 
     base = _base(foundation, params, "train")
-    return train_run(params, run, base, TrainInputs(task_rows, proxy, heldout, spectrum), output)
+    inputs = TrainInputs(task_rows, proxy, heldout, spectrum)
+    return train_run(params, run, base, inputs, output, shard_base=shard_base)
 
 
 @stage

@@ -80,7 +80,7 @@ class HeldOutText:
         """KL to the base and perplexity of a model on the text; see ``read``."""
         return self.read(model, base_logits).mean()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, model: PreTrainedModel | PeftModel, base_logits: BaseLogits | None = None) -> TokenDivergence:
         """KL to the base and loss of a model at every token of the text.
 
@@ -108,7 +108,7 @@ class HeldOutText:
         return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_probabilities(model: PreTrainedModel | PeftModel, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities of every token but the first, (batch, length - 1, vocabulary), float32."""
     return next_token(model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits)
@@ -119,7 +119,7 @@ def next_token(logits: Tensor) -> Tensor:
     return torch.log_softmax(logits[:, :-1].float(), dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def without_adapter(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Logits of a PEFT model's base.
 

@@ -1,8 +1,9 @@
-"""One training over several processes, as torchrun or accelerate start them: data parallelism and nothing else.
+"""One training over several processes, as torchrun or accelerate start them.
 
 Each process runs its rows of every batch and DDP averages the gradients, so all processes hold the same adapter. The
 first one keeps the output, the history and the unfinished work; what is computed from the adapter and from texts
-(gates, moments, pencils) every process computes alike.
+(gates, moments, pencils, the KL) every process computes alike. The frozen weights stand whole in every process, or
+sharded by FSDP2: each process holds a part, and a block is whole while it computes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ from folora.errors import FoLoRAError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # as accelerate asks for it
+SETTINGS = {  # of accelerate's, which the Trainer would follow without a word
+    "ACCELERATE_MIXED_PRECISION": "foundation.loading.dtype says the precision",
+    "ACCELERATE_DYNAMO_BACKEND": "a training is not compiled",
+}
 
 
 def count() -> int:
@@ -36,12 +42,16 @@ def join(device: str) -> None:
     """Meet the other processes, each on a device of its own.
 
     Raises:
-        FoLoRAError: accelerate was asked to shard the model.
+        FoLoRAError: accelerate was asked to shard the adapter, or to change what a training computes.
     """
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
-            reason = "a basis rotates whole rows of A, of which each process would hold a part"
-            raise FoLoRAError(f"{variable}: {name} shards the model, and {reason}: launch plain data parallelism")
+            reason = f"{name} shards the adapter too, which bases and gates need whole"
+            raise FoLoRAError(f"{variable}: {reason}: launch without it, and shard the base with --shard-base")
+    for variable, reason in SETTINGS.items():
+        given = os.environ.get(variable, "no").lower()
+        if given != "no":
+            raise FoLoRAError(f"{variable}: {given}: {reason}: launch with 'no'")
     if count() > 1:
         from accelerate import PartialState
 
@@ -71,6 +81,44 @@ def means(*values: Tensor) -> tuple[Tensor, ...]:
     total = torch.stack(values).float()
     torch.distributed.all_reduce(total)
     return tuple(total / count())
+
+
+def shard(model: PreTrainedModel, device: str) -> None:
+    """Leave this process its part of the weights of every block, on its device, and freeze them.
+
+    A block is whole from the beginning of its forward or backward pass to the end of it. Embeddings stay whole. What is
+    added to the model afterwards, such as an adapter, is not sharded.
+
+    Raises:
+        FoLoRAError: the model does not name its blocks.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    names = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise FoLoRAError(f"--shard-base: a {type(model).__name__} does not say what its blocks are: leave it out")
+    model.requires_grad_(requires_grad=False)
+    mesh = init_device_mesh(device, (count(),))
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings = {parameter for end in ends if end is not None for parameter in end.parameters()}
+    for module in (*blocks, model.base_model):  # the last has the first fetch the next block while one computes
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=embeddings)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its parts; of a sharded one every process has to ask."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def keep_shards(model: nn.Module) -> None:
+    """Have DDP leave sharded parameters alone: it would send those of the first process to all."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    shards = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shards)
 
 
 def meet() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 
 from folora.budget import keep_inside
 from folora.meter import ForgettingMeter
+from folora.processes import from_first
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,22 +26,31 @@ COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "penalty", "utility", "
 
 
 class Recorder(TrainerCallback):
-    """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget."""
+    """Writes checkpoints along the way, keeps the history of losses and of the meter, and holds the KL budget.
+
+    Of several processes each has one, since they measure together where the base is sharded; the first one's writes.
+    """
 
     def __init__(
-        self, folder: Path, adapted: AdaptedModel, text: HeldOutText, budget: float | None, due: set[int], log: RunLog
+        self,
+        adapted: AdaptedModel,
+        text: HeldOutText,
+        budget: float | None,
+        due: set[int],
+        folder: Path | None = None,
+        log: RunLog | None = None,
     ) -> None:
         """Prepare to record.
 
         Args:
-            folder: for the checkpoints.
             adapted: the model in training.
             text: measures its KL.
             budget: the greatest KL allowed, or None.
             due: steps after which a checkpoint is saved.
-            log: of the run.
+            folder: for the checkpoints; None: no checkpoint is written.
+            log: of the run; None: nothing is logged.
         """
-        self._folder, self._adapted, self._text, self._log = folder, adapted, text, log
+        self._adapted, self._text, self._folder, self._log = adapted, text, folder, log
         self._meter = ForgettingMeter(adapted.groups)
         self._budget = budget
         self._due = due
@@ -62,7 +71,8 @@ class Recorder(TrainerCallback):
             gate = of_parameter.get(id(getattr(layer, "A", None)))
             if gate is not None:
                 self.gates[layer.name] = float(torch.as_tensor(gate).mean())
-        self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
+        if self._log:
+            self._log.constants({f"gate/{name}": gate for name, gate in self.gates.items()})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; a training that goes on brings along what it has logged."""
@@ -87,7 +97,8 @@ class Recorder(TrainerCallback):
         if state.global_step in self._due:
             if self._budget is not None:
                 self._kl()
-            self._adapted.save(self._folder / str(state.global_step))
+            if self._folder:
+                self._adapted.save(self._folder / str(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Read the meter whenever the Trainer logs a loss."""
@@ -107,15 +118,19 @@ class Recorder(TrainerCallback):
         state.log_history[-1][READING] = {"step": step, **reading}
         # speed differs from one training to the next and stays out of the history, whose bytes do not
         logged = {**reading, "tokens_per_second": speed}
-        self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
+        if self._log:
+            self._log.metrics({f"train/{key}": value for key, value in logged.items()}, step)
         self._tokens, self._since = tokens, time.perf_counter()
 
     def _kl(self) -> float:
         """KL to the base on the held-out text, after drawing the model back inside its budget."""
         model = self._adapted.model
         model.eval()
-        measure = partial(self._text.measure, model, self._adapted.base_logits)
-        kl = measure().kl if self._budget is None else keep_inside(self._adapted, lambda: measure().kl, self._budget)
+
+        def measure() -> float:
+            return from_first(self._text.measure(model, self._adapted.base_logits).kl)  # so that all draw back alike
+
+        kl = measure() if self._budget is None else keep_inside(self._adapted, measure, self._budget)
         model.train()
         return kl
 

@@ -22,6 +22,7 @@ from folora.coverage import COVERAGE_FILE, Covered, coverage, print_coverage
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.objective import Objective
+from folora.optimizer import check_first_step
 from folora.params import run_params
 from folora.proxy import HELDOUT, PROXY_COLUMNS
 from folora.recorder import Recorder
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.methods import Method
     from folora.params import Params, Run
+    from folora.tracking import RunLog
 
 Row = dict[str, list[int]]
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -91,11 +93,16 @@ class Training:
         """Of the run."""
         return self.params.methods[self.run.method]
 
-    def fit(self, recorder: Recorder | None, unfinished: Path, state: Path | None) -> None:
+    def recorder(self, folder: Path | None = None, log: RunLog | None = None) -> Recorder:
+        """Keeps checkpoints in a folder, the history, and the KL inside its budget."""
+        due = checkpoint_steps(self.rows.steps, self.params.train.checkpoints)
+        return Recorder(self.adapted, self.text, self.method.kl_budget, due, folder, log)
+
+    def fit(self, recorder: Recorder, unfinished: Path, state: Path | None) -> None:
         """Train with transformers' Trainer: linear decay, token-weighted loss, clipping by the global norm.
 
         Args:
-            recorder: keeps checkpoints and history; None for a process that only trains along.
+            recorder: of this process.
             unfinished: the run's scratch folder.
             state: in it, to go on from; None to begin.
         """
@@ -103,8 +110,9 @@ class Training:
         optimizer = self.method.optimizer(self.adapted, self.run.learning_rate)
         share = processes.share_of(self.rows.batch_size)
         task_rows = max(settings.batch_size - processes.rank() * share, 0)  # its part of a batch is contiguous
-        if recorder:
-            recorder.record_gates(optimizer)
+        check_first_step(optimizer, self.adapted.moved)
+        recorder.record_gates(optimizer)
+        processes.keep_shards(self.adapted.model)
         arguments = TrainingArguments(
             output_dir=str(unfinished),
             max_steps=self.rows.steps,
@@ -134,7 +142,7 @@ class Training:
             train_dataset=self.rows,
             data_collator=DataCollatorForSeq2Seq(self.tokenizer),
             optimizers=(optimizer, None),
-            callbacks=[*([recorder] if recorder else []), StateSaver(unfinished)],
+            callbacks=[recorder, StateSaver(unfinished)],
         )
         trainer.remove_callback(PrinterCallback)
         self.adapted.model.train()  # every module: PEFT's wrapper says it trains while what it wraps does not
@@ -142,22 +150,31 @@ class Training:
         processes.check_alike(self.adapted.trained)
 
 
-def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output: Path) -> float | None:
+def train_run(
+    params: Params, name: str, base: Base, inputs: TrainInputs, output: Path, *, shard_base: bool = False
+) -> float | None:
     """Train one run and write its folder; returns the median seconds of an optimizer step.
 
     A run that was killed goes on from its last saved state (``resume.py``) and gets the same bytes. Of several
     processes the first keeps all that is written, and the others train along.
 
+    Args:
+        params: all parameters.
+        name: of the run.
+        base: its model.
+        inputs: files it reads.
+        output: its folder.
+        shard_base: whether each of several processes holds a part of the frozen weights only.
+
     Raises:
-        FoLoRAError: an input is damaged or of another model or parameter set, or training left the adapter unmoved.
+        FoLoRAError: an input is damaged or of another model or parameter set, or the first step moved nothing.
     """
-    training = prepare(params, name, base, inputs)
+    training = prepare(params, name, base, inputs, shard_base=shard_base)
     if processes.rank() > 0:
-        training.fit(None, *processes.from_first((Path(), None)))
+        training.fit(training.recorder(), *processes.from_first((Path(), None)))
         return None
     print_coverage(training.covered)
     adapted, manifest = training.adapted, run_manifest(params, name, base, inputs)
-    due = checkpoint_steps(training.rows.steps, params.train.checkpoints)
     with scratch(**manifest) as unfinished:
         state = last_state(unfinished)
         begun = step_of(state) if state else 0
@@ -166,10 +183,8 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
             run_log(params.tracking, card_of(manifest), source_tags(params), begun) as log,
         ):
             checkpoints = unfinished / CHECKPOINTS
-            recorder = Recorder(checkpoints, adapted, training.text, training.method.kl_budget, due, log)
+            recorder = training.recorder(checkpoints, log)
             training.fit(recorder, *processes.from_first((unfinished, state)))
-            if not adapted.moved():
-                raise FoLoRAError(f"runs.{name}: training changed no weight: raise the learning rate or the steps")
             adapted.save(folder / "adapter")
             size = sum(parameter.numel() for parameter in adapted.trained)
             about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
@@ -183,7 +198,7 @@ def train_run(params: Params, name: str, base: Base, inputs: TrainInputs, output
     return recorder.step_seconds
 
 
-def prepare(params: Params, name: str, base: Base, inputs: TrainInputs) -> Training:
+def prepare(params: Params, name: str, base: Base, inputs: TrainInputs, *, shard_base: bool = False) -> Training:
     """Read what a run needs, and make its model.
 
     Raises:
@@ -191,9 +206,11 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs) -> Train
     """
     run = params.runs[name]
     method = params.methods[run.method]
-    key = f"methods.{run.method}.kl_budget"
-    if method.kl_budget and processes.count() > 1:
-        raise FoLoRAError(f"{key}: only one process can keep it: train without torchrun")
+    if shard_base and processes.count() == 1:
+        raise FoLoRAError("--shard-base: there is one process: start several with torchrun, or leave it out")
+    if shard_base and not method.shardable:
+        reason = f"{method.kind_name()} reads or changes whole weights, of which a process would hold a part"
+        raise FoLoRAError(f"methods.{run.method}: {reason}: train it without --shard-base")
     processes.join(base.loading.device)
     task_rows = read_task_rows(params, run, base, inputs.task)
     sampling = params.proxy.sampling(run.proxy)
@@ -204,7 +221,7 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs) -> Train
 
     torch.manual_seed(run.seed)
     tokenizer = base.load_tokenizer()
-    bare = base.load_model()
+    bare = base.load_model(sharded=shard_base)
     spectrum = spectrum.to(bare.device)
     covered = coverage(bare, spectrum.layers)
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
@@ -214,6 +231,7 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs) -> Train
     context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, task_text)
     adapted = method.adapt(bare, context)
     if method.kl_budget and not adapted.scalable:
+        key = f"methods.{run.method}.kl_budget"
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
     rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
     return Training(params, run, adapted, tokenizer, rows, text, covered)

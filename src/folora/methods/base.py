@@ -25,6 +25,7 @@ class Method(BaseModel):
         trains: what training changes.
         freezes: what of the adapter or the weights stays as it is.
         export: what a checkpoint is.
+        shardable: whether W may be sharded over processes: only the forward pass reads it, and nothing changes it.
         weight_decay: decoupled weight decay of everything that is trained.
         replay: proxy sequences that join the task rows in every batch.
         replay_loss: how they are learned: their sampled tokens, or the base model's distribution at each of them
@@ -41,6 +42,7 @@ class Method(BaseModel):
     trains: ClassVar[str] = "A, B"
     freezes: ClassVar[str] = "W"
     export: ClassVar[str] = "LoRA of rank r"
+    shardable: ClassVar[bool] = True
 
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     replay: Annotated[int, Field(ge=0, le=100_000)] = 0

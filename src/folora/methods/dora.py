@@ -25,6 +25,7 @@ class DoRA(Method):
     paper: ClassVar[str] = "2402.09353"
     trains: ClassVar[str] = "A, B, m"
     export: ClassVar[str] = "DoRA of rank r"
+    shardable: ClassVar[bool] = False
 
     def lora_options(self) -> dict[str, Any]:
         return {"use_dora": True}

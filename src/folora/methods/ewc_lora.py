@@ -31,6 +31,7 @@ class EWCLoRA(Method):
 
     kind: Literal["ewc-lora"]
     paper: ClassVar[str] = "2602.17559"
+    shardable: ClassVar[bool] = False
     strength: Annotated[float, Field(ge=0)] = 1.0
     sequences: Annotated[int, Field(ge=1)] = 256
 

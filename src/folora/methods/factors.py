@@ -20,6 +20,7 @@ class SplitMethod(Method):
 
     freezes: ClassVar[str] = "W - s B₀A₀"
     export: ClassVar[str] = "LoRA of rank 2r"
+    shardable: ClassVar[bool] = False
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
         from folora.adapter import check_rank

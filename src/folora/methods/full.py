@@ -23,6 +23,7 @@ class FullFineTuning(Method):
     trains: ClassVar[str] = "W"
     freezes: ClassVar[str] = "nothing of the adapted layers"
     export: ClassVar[str] = "weights of the adapted layers"
+    shardable: ClassVar[bool] = False
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
         from folora.adapter import DenseModel

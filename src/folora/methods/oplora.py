@@ -27,6 +27,7 @@ class OPLoRA(Method):
 
     kind: Literal["oplora"]
     paper: ClassVar[str] = "2510.13003"
+    shardable: ClassVar[bool] = False
     preserved: Annotated[int, Field(ge=1)] = 16
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:

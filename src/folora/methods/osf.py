@@ -26,6 +26,7 @@ class OSF(Method):
     trains: ClassVar[str] = "U_l, S_l, V_l"
     freezes: ClassVar[str] = "U_h, S_h, V_h"
     export: ClassVar[str] = "weights of the adapted layers"
+    shardable: ClassVar[bool] = False
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
         from peft import OSFConfig, get_peft_model
