@@ -241,6 +241,14 @@ def test_one_process_has_nothing_to_share(
 
 
 @pytest.mark.usefixtures("first_of_two")
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(FoLoRAError, match="2 processes start here, GPUs: 1: start one for each GPU"):
+        processes.join("cuda")
+
+
+@pytest.mark.usefixtures("first_of_two")
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     assert processes.share_of(48) == 24
     with pytest.raises(FoLoRAError, match=r"train\.batch_size: 9 rows a step.* 2 processes: take a number"):

@@ -118,7 +118,8 @@ def gated_adam(model: PeftModel, spectrum: Spectrum, *, learning_rate: float, **
     """FoLoRA's optimizer for a fresh PEFT LoRA model, whose A it starts in the open directions.
 
     What else is trainable, such as ``modules_to_save``, gets plain AdamW. The optimizer works in transformers' Trainer
-    (``optimizers=(optimizer, None)``), in trainers built on it and in a plain loop.
+    (``optimizers=(optimizer, None)``), in trainers built on it and in a plain loop. Its first step raises if it
+    leaves the adapter as it was, as where FSDP has put other parameters in the model.
 
     Args:
         model: from ``peft.get_peft_model``, before the first step.

@@ -42,7 +42,8 @@ def join(device: str) -> None:
     """Meet the other processes, each on a device of its own.
 
     Raises:
-        FoLoRAError: accelerate was asked to shard the adapter, or to change what a training computes.
+        FoLoRAError: accelerate was asked to shard the adapter, or to change what a training computes; or there are
+            fewer devices than processes.
     """
     for variable, name in SHARDING.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
@@ -53,8 +54,12 @@ def join(device: str) -> None:
         if given != "no":
             raise FoLoRAError(f"{variable}: {given}: {reason}: launch with 'no'")
     if count() > 1:
+        import torch
         from accelerate import PartialState
 
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if device == "cuda" and here > torch.cuda.device_count():
+            raise FoLoRAError(f"{here} processes start here, GPUs: {torch.cuda.device_count()}: start one for each GPU")
         PartialState(cpu=device == "cpu")
 
 
