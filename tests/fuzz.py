@@ -317,7 +317,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     from folora.adapter import load_checkpoint
     from folora.base import check_model, open_base
     from folora.commands.forget import layer_changes, put_on
-    from folora.covariance import read_moments
+    from folora.covariance import StoredMoments
     from folora.evaluate import export_of
     from folora.params import Params, load_params
     from folora.records import read_record
@@ -410,7 +410,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
         "params": one("params.yaml", tiny_yaml, load_params, 0.5),
         "json": one("x.json", json.dumps(manifest).encode(), manifest_read, 6),
         "tensors": one("x.safetensors", small, partial(read_tensors, artefact="x"), 4),
-        "moments": one("x.safetensors", small_moments, lambda path: read_moments([(path, {})]), 2),
+        "moments": one("x.safetensors", small_moments, lambda path: StoredMoments([(path, {})]), 2),
         "spectrum": one("x.safetensors", small_spectrum, read_spectrum, 2),
         "report spectrum": one("x.safetensors", small_spectrum, inputs.read_spectrum, 2),
         "table": one("x.parquet", made.proxy / "0.parquet", partial(read_table, artefact="proxy"), 2),

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from folora.covariance import compute_covariance, read_moments
+from folora.covariance import StoredMoments, compute_covariance
 from folora.errors import FoLoRAError
 from folora.layers import adapted_layers
+from folora.moments import memory_of, split_passes
 from folora.storage import read_table, read_tensors, write_table, write_tensors
 
 if TYPE_CHECKING:
@@ -90,19 +95,116 @@ def test_shards_add_up_to_the_whole(pipeline: Pipeline, tmp_path: Path) -> None:
     tables = [read_table(pipeline.proxy / f"{shard}.parquet") for shard in (0, 1)]
     write_table(tmp_path / "rows", pa.concat_tables([table for table, _ in tables]), tables[0][1])
     compute_covariance(pipeline.params, pipeline.base, tmp_path / "rows", tmp_path / "whole")
-    total, groups = read_moments(
+    total = StoredMoments(
         [(pipeline.proxy_moments / f"{shard}.safetensors", {"shard": str(shard)}) for shard in (0, 1)]
     )
-    whole, _ = read_moments([(tmp_path / "whole", {})])
+    whole = StoredMoments([(tmp_path / "whole", {})])
     assert total.tokens == whole.tokens
-    assert total.sums.keys() == whole.sums.keys() == groups.keys()
-    for name in groups:
-        torch.testing.assert_close(total.sums[name], whole.sums[name], rtol=1e-6, atol=1e-4)
+    assert total.groups == whole.groups
+    for name in total.groups:
+        summed = total.read(name)
+        assert summed.tokens == total.tokens > total.read(name, 1).tokens
+        torch.testing.assert_close(summed.sums[name], whole.read(name).sums[name], rtol=1e-6, atol=1e-4)
 
 
 def test_same_rows_give_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
     compute_covariance(pipeline.params, pipeline.base, pipeline.task, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == pipeline.task_moments.read_bytes()
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("spare", [0, 20_000, 1_000_000])
+def test_a_memory_budget_changes_no_byte(spare: int, pipeline: Pipeline, tmp_path: Path) -> None:
+    params = settings(pipeline.params, memory_budget=memory_of([48]) + spare)
+    compute_covariance(params, pipeline.base, pipeline.task, tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == pipeline.task_moments.read_bytes()
+    assert not list((tmp_path / ".folora/scratch").iterdir())
+
+
+def test_a_budget_for_less_than_one_input_names_the_number_needed(
+    pipeline: Pipeline, save_params: SaveParams, refused: Refused
+) -> None:
+    values = pipeline.values()
+    values["covariance"]["memory_budget"] = "10 kB"
+    arguments = ("--foundation", pipeline.foundation, "--rows", pipeline.task, "--threads", 1)
+    line = refused("covariance", *arguments, "--params", save_params(values))
+    needed, few = memory_of([48]), "10000 bytes are too few for the moments of a layer input of width 48"
+    assert line == f"covariance.memory_budget: {few}: give {needed} or more"
+    assert split_passes({"a": 32, "b": 48}, needed) == [["a"], ["b"]]
+
+
+@given(widths=st.lists(st.integers(1, 3000), min_size=1, max_size=12), spare=st.integers(0, 10**8))
+def test_passes_hold_as_many_inputs_as_fit(widths: list[int], spare: int) -> None:
+    budget = memory_of([max(widths)]) + spare
+    named = {str(number): width for number, width in enumerate(widths)}
+    passes = split_passes(named, budget)
+    assert [name for names in passes for name in names] == list(named)
+    for names, following in zip(passes, [*passes[1:], []], strict=True):
+        assert memory_of([named[name] for name in names]) <= budget
+        assert not following or memory_of([named[name] for name in (*names, following[0])]) > budget
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
+
+import pyarrow as pa
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from folora.covariance import compute_covariance
+from folora.params import load_params
+from folora.storage import write_table
+
+torch.set_num_threads(1)
+sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+tokenizer = SimpleNamespace(pad_token_id=0)
+base = SimpleNamespace(identity={}, load_model=lambda: model, load_tokenizer=lambda: tokenizer)
+write_table(Path("rows"), pa.table({"token_ids": [[1, 2, 3], [4, 5]]}), {"artefact": "proxy"})
+params = load_params(Path(sys.argv[1]))
+
+
+def held():
+    return 1024 * int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0])
+
+
+def run(modules, budget, output):
+    covariance = params.covariance.model_copy(update={"memory_budget": budget})
+    adapter = params.adapter.model_copy(update={"target_modules": modules})
+    changed = params.model_copy(update={"covariance": covariance, "adapter": adapter})
+    before, seen, done = held(), [], Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            seen.append(held())
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    compute_covariance(changed, base, Path("rows"), Path(output))
+    done.set()
+    watcher.join()
+    return max(seen) - before
+
+
+run(["layers.0.mlp.down_proj"], None, "one")  # takes what any run takes once
+print(run("all-linear", int(sys.argv[2]), "within"), run("all-linear", None, "at once"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what of a process's memory is no file's")
+def test_peak_memory_stays_within_the_budget(pipeline: Pipeline, save_params: SaveParams, tmp_path: Path) -> None:
+    file, budget = save_params(pipeline.values()), 80_000_000
+    command = [sys.executable, "-c", PEAK, str(file), str(budget)]
+    printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    within, at_once = map(int, printed.split())
+    moments = 8 * 4 * (3 * 1024**2 + 2048**2)
+    assert within <= budget < moments / 2
+    assert at_once >= moments
+    assert (tmp_path / "within").read_bytes() == (tmp_path / "at once").read_bytes()
 
 
 def test_chosen_modules_only(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -178,6 +280,6 @@ def test_sick_moments_are_refused_and_the_layer_named(sickness: str, pipeline: P
     act(tensors, manifest)
     write_tensors(tmp_path / "x", tensors, manifest)
     with pytest.raises(FoLoRAError, match=r"x: ") as refused:
-        read_moments([(tmp_path / "x", {})])
+        StoredMoments([(tmp_path / "x", {})])
     assert expected in str(refused.value)
     assert sickness in ("tokens", "many tokens", "no tokens", "text", "groups") or Q in str(refused.value)

@@ -61,6 +61,8 @@ def test_shipped_files_are_valid(path: Path) -> None:
         ("proxy.shards", [], "at least 1 item"),
         ("proxy.shards", [0, 1, 0], "listed twice"),
         ("covariance.proxy_positions", "response", "'all' or 'without_first' (got 'response')"),
+        ("covariance.memory_budget", "plenty", "could not parse value and unit from byte string (got 'plenty')"),
+        ("covariance.memory_budget", 0, "greater than 0 (got 0)"),
         ("tasks.subtraction.max_length", 3, "greater than or equal to 4 (got 3)"),
         ("train.steps", 1.5, "valid integer"),
         (f"{LORA_RUN}.learning_rate", "fast", "valid number"),
@@ -140,7 +142,7 @@ def test_the_file_says_everything_but_the_options_of_tasks_and_methods() -> None
         return [f"{owner}.{name}" for owner, name, info in items if info.is_required() is required]
 
     options = ("prompt", "response", "messages", "chat", "learn", "rows", "too_long", "packing")
-    expected = [*(f"Task.{name}" for name in options), "SpectrumSection.directions"]
+    expected = [*(f"Task.{name}" for name in options), "Covariance.memory_budget", "SpectrumSection.directions"]
     expected += ["Train.micro_batch", "Train.gradient_checkpointing"]
     expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat")]
     assert fields(sections, required=False) == expected

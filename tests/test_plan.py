@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from folora.base import Base
 from folora.cli import app
-from folora.commands.plan import LIBRARIES, empty_model, make_plan, plan_stages, shape_of
+from folora.commands.plan import LIBRARIES, Plan, empty_model, make_plan, plan_stages, shape_of
+from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
 from folora.params import Params, load_params
@@ -118,6 +119,25 @@ def test_the_basis_of_a_wide_input_can_be_truncated(llama_8b: dict[str, Any]) ->
     assert after["train"].memory < before["train"].memory
 
 
+def test_moments_can_be_summed_in_several_passes(llama_8b: dict[str, Any]) -> None:
+    def planned(budget: str | None) -> Plan:
+        values = llama_8b | {"covariance": llama_8b["covariance"] | {"memory_budget": budget}}
+        return make_plan(Params.model_validate(values))
+
+    whole, part = planned(None), planned("20 GB")
+    (line,) = [line for line in part.warnings if "covariance.memory_budget" in line]
+    assert re.match(
+        r"covariance\.memory_budget: 4 passes over each text, 1\d\.\d GB of moments at once instead of 6", line
+    )
+    before, after = ({stage.stage: stage for stage in plan.stages}["covariance"] for plan in (whole, part))
+    assert before.memory - after.memory > 40e9
+    assert after.disk == before.disk
+    assert after.operations - before.operations == pytest.approx(3 * 2 * 8_030_261_248 * before.tokens)
+    assert not any("covariance.memory_budget" in line for line in [*whole.warnings, *planned("80 GB").warnings])
+    with pytest.raises(FoLoRAError, match=r"covariance\.memory_budget: 1000000000 bytes .* 14,336: give \d{10} or"):
+        planned("1 GB")
+
+
 def test_a_stage_says_what_it_takes_before_it_begins(
     llama_8b: dict[str, Any], save_params: SaveParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +191,6 @@ def test_the_command_prints_the_plan_or_its_values(
 
 def test_a_model_that_is_nowhere_is_one_line(llama_8b: dict[str, Any], save_params: SaveParams, tmp_path: Path) -> None:
     from folora.commands.cli import plan
-    from folora.errors import FoLoRAError
 
     (tmp_path / "llama" / "config.json").unlink()
     with pytest.raises(FoLoRAError, match=r"^foundation\.model: .*llama"):

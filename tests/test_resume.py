@@ -16,6 +16,7 @@ import torch
 import folora.covariance
 import folora.evaluate
 import folora.proxy
+import folora.spectrum
 from folora.covariance import compute_covariance
 from folora.errors import FoLoRAError
 from folora.evaluate import evaluate_method
@@ -25,6 +26,7 @@ from folora.recorder import Recorder
 from folora.records import read_journal
 from folora.resume import PARAMETERS_FILE, SEAL_FILE, last_state
 from folora.scratch import INTERVAL, SCRATCH, kept, save_seconds, scratch
+from folora.spectrum import compute_spectrum
 from folora.storage import identity_of, read_json
 from folora.train import TrainInputs, train_run
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 LORA = "lora-3e-3-s0"
+BUDGET = 65_000  # bytes, for three of the eight layer inputs
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"kind": "lora", "weight_decay": 0.1},
     "lora-budget": {"kind": "lora", "kl_budget": 1e-4},
@@ -244,13 +247,53 @@ def test_moments_go_on_after_the_last_sums(pipeline: Pipeline, tmp_path: Path, m
     rows = pipeline.proxy / "0.parquet"
     compute_covariance(params, pipeline.base, rows, tmp_path / "undisturbed.safetensors")
     with monkeypatch.context() as patched:
-        killed_after(patched, folora.covariance.Sums, "save", 2)
+        killed_after(patched, folora.covariance.Sums, "save_at_times", 2)
         with pytest.raises(Killed):
             compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
-    count = killed_after(monkeypatch, folora.covariance.Sums, "save", 1000)
+    count = killed_after(monkeypatch, folora.covariance.Sums, "save_at_times", 1000)
     compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
     assert count == [-(-params.proxy.sequences // 3) - 2]
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("batches", [1, 32, 40])  # of 32 in each of three passes
+def test_moments_within_a_budget_go_on_in_the_pass_they_stopped_in(
+    batches: int, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = pipeline.values()
+    values["covariance"] |= {"batch_size": 3, "memory_budget": BUDGET}
+    params = Params.model_validate(values)
+    rows = pipeline.proxy / "0.parquet"
+    with monkeypatch.context() as patched:
+        killed_after(patched, folora.covariance.Sums, "save_at_times", batches)
+        with pytest.raises(Killed):
+            compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
+    count = killed_after(monkeypatch, folora.covariance.Sums, "save_at_times", 1000)
+    compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
+    assert count == [3 * -(-params.proxy.sequences // 3) - batches]
+    values["covariance"] |= {"memory_budget": None}
+    compute_covariance(Params.model_validate(values), pipeline.base, rows, tmp_path / "undisturbed.safetensors")
+    assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
+
+
+def test_spectrum_goes_on_at_the_input_it_stopped_in(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def solve() -> None:
+        moments = pipeline.proxy_moments, pipeline.task_moments
+        compute_spectrum(pipeline.params, "subtraction", "sampled", pipeline.base, *moments, tmp_path / "x")
+
+    with monkeypatch.context() as patched:
+        killed_after(patched, folora.spectrum, "input_spectrum", 3)
+        with pytest.raises(Killed):
+            solve()
+    damaged = next(SCRATCH.glob("*/0.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    count = killed_after(monkeypatch, folora.spectrum, "input_spectrum", 1000)
+    solve()
+    assert count == [8 - 3 + 1]
+    assert (tmp_path / "x").read_bytes() == pipeline.spectrum.read_bytes()
 
 
 def test_evaluation_goes_on_at_the_checkpoint_it_stopped_in(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from folora.covariance import read_moments
+from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
 from folora.layers import adapted_layers
 from folora.pencil import normalise
@@ -140,7 +140,7 @@ def test_shards_may_not_differ_from_the_first(pipeline: Pipeline, tmp_path: Path
     copy = pipeline.copy(tmp_path / "copy")
     rewrite(copy.proxy_moments / "1.safetensors", lambda _, m: m["groups"].popitem())
     with pytest.raises(FoLoRAError, match=r"1\.safetensors: made with groups"):
-        read_moments([(copy.proxy_moments / "0.safetensors", {}), (copy.proxy_moments / "1.safetensors", {})])
+        StoredMoments([(copy.proxy_moments / "0.safetensors", {}), (copy.proxy_moments / "1.safetensors", {})])
 
 
 def test_shrinkage_is_used(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -194,21 +194,22 @@ def test_a_sick_spectrum_is_refused_and_the_layer_named(sickness: str, pipeline:
 def test_a_pencil_that_is_not_solved_well_is_not_written(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where solved inputs stay, for a stage that goes on
     monkeypatch.setattr("folora.health.SOLVED", 1e-17)
     inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
     with pytest.raises(FoLoRAError, match=r"x: model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
         compute_spectrum(*inputs, tmp_path / "x")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".folora"]
 
 
 def test_halves_of_the_proxy_text_are_compared(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spectrum, manifest = read_spectrum(pipeline.spectrum), read_tensors(pipeline.spectrum)[1]
-    moments = [read_moments([(pipeline.proxy_moments / f"{shard}.safetensors", {})])[0] for shard in (0, 1)]
+    moments = [StoredMoments([(pipeline.proxy_moments / f"{shard}.safetensors", {})]) for shard in (0, 1)]
     for name, one in spectrum.inputs.items():
         record = manifest["health"][name]
-        halves = (half.mean(name) for half in moments)
+        halves = (half.read(name).mean(name) for half in moments)
         difference = gate_difference(*halves, one.utility.double(), one.shrinkage)
         assert record["gate_difference"] == pytest.approx(difference, rel=1e-6)
         assert record["tokens_needed"] == tokens_needed(manifest["proxy_tokens"], record["gate_difference"])

@@ -17,6 +17,7 @@ from folora.storage import (
     CONDITIONS,
     LIBRARIES,
     MADE_WITH,
+    TensorFiles,
     canonical_json,
     check_manifest,
     digest_of,
@@ -75,6 +76,41 @@ def test_equal_content_gives_equal_bytes(write: Callable, read: Callable, tmp_pa
     write(tmp_path / "one")
     write(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_tensors_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    """All sorts of types, shapes and names, in the order of the library."""
+    tensors = {
+        "transposed": torch.arange(6.0).reshape(2, 3).mT,
+        "number": torch.tensor(3.5, dtype=torch.float64),
+        "empty": torch.zeros(0, 3),
+        'λ/"quoted"\n': torch.arange(3, dtype=torch.bfloat16),
+        "odd": torch.tensor([True, False, True]),
+        **{f"{kind}".removeprefix("torch."): torch.ones(3, dtype=kind) for kind in (torch.int8, torch.int64)},
+    }
+    write_tensors(tmp_path / "file", tensors, MANIFEST)
+    metadata = {"folora": canonical_json({"format": 1, **made_with(), **MANIFEST})}
+    expected = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    assert (tmp_path / "file").read_bytes() == expected
+
+
+def test_several_files_are_joined_one_tensor_at_a_time(tmp_path: Path) -> None:
+    tensors = {f"{number}": torch.full((64, 64), float(number)) for number in range(6)}
+    halves = [{name: tensors[name] for name in names} for names in ("135", "024")]
+    for number, half in enumerate(halves):
+        write_tensors(tmp_path / f"{number}", half, {"artefact": "half"})
+    files = TensorFiles(tmp_path / "0", tmp_path / "1", artefact="half")
+    assert files.keys() == tensors.keys()
+    write_tensors(tmp_path / "joined", files, MANIFEST)
+    write_tensors(tmp_path / "expected", tensors, MANIFEST)
+    assert (tmp_path / "joined").read_bytes() == (tmp_path / "expected").read_bytes()
+    (tmp_path / "1").write_bytes((tmp_path / "1").read_bytes()[:-9])
+    with pytest.raises(FoLoRAError, match="1: damaged or truncated"):
+        files["2"]
+    with pytest.raises(FoLoRAError, match="1: damaged or truncated"):
+        TensorFiles(tmp_path / "0", tmp_path / "1")
+    with pytest.raises(FoLoRAError, match="0: made with artefact half, but whole is expected"):
+        TensorFiles(tmp_path / "0", artefact="whole")
 
 
 @both_kinds

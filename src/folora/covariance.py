@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import safe_open
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
 from folora.health import PRODUCTS, TokenCount
 from folora.layers import Groups, adapted_layers, batches, input_groups
-from folora.moments import Moments, collect
+from folora.moments import Moments, collect, split_passes
 from folora.proxy import PROXY_COLUMNS
 from folora.scratch import save_seconds, scratch
 from folora.storage import (
+    TensorFiles,
+    check_finite,
     digest_of_file,
     fields_of,
     read_table,
-    read_tensors,
-    tensor_manifest,
     with_columns,
     write_tensors,
 )
 from folora.task import masked_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from folora.base import Base
     from folora.params import Params
+
+SUMS = "sums"  # the artefact of an unfinished stage
 
 
 def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> None:
@@ -48,7 +49,8 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         output: the safetensors file to write.
 
     Raises:
-        FoLoRAError: the rows come from another model or tokenizer, or no token counts.
+        FoLoRAError: the rows come from another model or tokenizer, no token counts, or the memory budget is less than
+            one layer input takes.
     """
     table, manifest = read_table(rows, **base.identity)
     settings = params.covariance
@@ -63,9 +65,13 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     if not token_ids:
         raise FoLoRAError(f"{rows}: holds no rows: run the stage that makes it again")
     text = CountedText(token_ids, loss_masks, positions, settings.batch_size, base.load_tokenizer().pad_token_id)
+    tokens = text.tokens
+    if not tokens:
+        raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
     model = base.load_model()
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([token_ids[0]], device=model.device))
+    passes = split_passes({leader: layers[leader].in_features for leader in groups}, settings.memory_budget)
     about: dict[str, Any] = {
         "artefact": "covariance",
         **base.identity,
@@ -74,38 +80,53 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         **({"task_rows": settings.task_rows} if "task" in manifest else {}),
         "positions": positions,
         "groups": groups,
+        "tokens": tokens,
     }
-    with scratch(**about, batch_size=settings.batch_size) as unfinished:
-        sums = Sums(unfinished / "sums.safetensors")
-        moments = text.moments(model, {leader: layers[leader] for leader in groups}, sums)
-        if not moments.tokens:
-            raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
-        write_tensors(output, _stored(moments), about | {"tokens": moments.tokens})
+    with scratch(**about, batch_size=settings.batch_size, passes=passes) as unfinished:
+        chosen = [{name: layers[name] for name in names} for names in passes]
+        write_tensors(output, _collected(text, model, chosen, unfinished), about)
+
+
+def _collected(
+    text: CountedText, model: Any, passes: list[dict[str, nn.Linear]], unfinished: Path
+) -> Mapping[str, Tensor]:
+    """The tensors of the artefact: in memory after one pass over the text, of several each in a file."""
+    sums = [Sums(unfinished / f"{number}.safetensors") for number in range(len(passes))]
+    if len(passes) == 1:
+        return _stored(text.moments(model, passes[0], sums[0]))
+    for one, layers in zip(sums, passes, strict=True):
+        one.save(text.moments(model, layers, one), text.batch_count)  # and no name that would hold them any longer
+    return TensorFiles(*(one.path for one in sums), artefact=SUMS)
 
 
 class Sums:
     """Moments over the first batches of a text, saved every few minutes for the stage to go on from."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._saved = time.monotonic()
 
     def take_up(self, moments: Moments) -> int:
         """Fill moments with the saved sums; returns the number of batches they are over."""
-        with suppress(FoLoRAError):  # there are none, or a power cut has damaged them
-            tensors, about = read_tensors(self._path, artefact="sums")
-            for name, value in _stored(moments).items():
-                value.copy_(tensors[name])
-            moments.tokens = about["tokens"]
-            return int(about["batches"])
-        return 0
+        try:
+            saved = TensorFiles(self.path, artefact=SUMS)
+        except FoLoRAError:  # there are none, or a power cut has damaged them
+            return 0
+        for name, value in _stored(moments).items():
+            value.copy_(saved[name])
+        moments.tokens = saved.manifests[0]["tokens"]
+        return int(saved.manifests[0]["batches"])
 
-    def save(self, moments: Moments, batches: int) -> None:
+    def save_at_times(self, moments: Moments, batches: int) -> None:
         """Save sums over so many batches, when the last ones saved are old."""
         if time.monotonic() - self._saved >= save_seconds():
-            about = {"artefact": "sums", "tokens": moments.tokens, "batches": batches}
-            write_tensors(self._path, _stored(moments), about)
+            self.save(moments, batches)
             self._saved = time.monotonic()
+
+    def save(self, moments: Moments, batches: int) -> None:
+        """Save sums over so many batches."""
+        about = {"artefact": SUMS, "tokens": moments.tokens, "batches": batches}
+        write_tensors(self.path, _stored(moments), about)
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,16 @@ class CountedText:
     batch_size: int
     padding: int
 
+    @property
+    def batch_count(self) -> int:
+        """How many forward passes it takes."""
+        return -(-len(self.token_ids) // self.batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        return sum(int(counted.sum()) for _, _, counted in self._batches("cpu"))
+
     @torch.no_grad()
     def moments(self, model: Any, layers: dict[str, nn.Linear], sums: Sums | None = None) -> Moments:
         """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text.
@@ -137,15 +168,20 @@ class CountedText:
         """
         with collect(layers) as collector:
             begun = sums.take_up(collector.moments) if sums else 0
-            made = batches(self.token_ids, self.batch_size, self.padding, model.device)
-            for number, (input_ids, mask, rows) in enumerate(tqdm(made, "covariance")):
+            made = tqdm(self._batches(model.device), "covariance", self.batch_count)
+            for number, (input_ids, mask, counted) in enumerate(made):
                 if number < begun:
                     continue
-                collector.select(mask & self._counted(mask, rows))
+                collector.select(counted)
                 model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
                 if sums:
-                    sums.save(collector.moments, number + 1)
+                    sums.save_at_times(collector.moments, number + 1)
         return collector.moments
+
+    def _batches(self, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Token ids, which of them are no padding, and which of those count."""
+        for input_ids, mask, rows in batches(self.token_ids, self.batch_size, self.padding, device):
+            yield input_ids, mask, mask & self._counted(mask, rows)
 
     def _counted(self, mask: Tensor, rows: range) -> Tensor:
         counted = torch.ones_like(mask)
@@ -167,7 +203,7 @@ def _stored(moments: Moments) -> dict[str, Tensor]:
 
 
 class CovarianceManifest(BaseModel):
-    """The fields of the manifest that ``read_moments`` uses."""
+    """The fields of the manifest that ``StoredMoments`` uses."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -176,50 +212,53 @@ class CovarianceManifest(BaseModel):
     positions: str
 
 
-def read_moments(shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> tuple[Moments, Groups]:
-    """Add up the moments of shards, in the order given.
+class StoredMoments:
+    """Moments in files, one for each shard of a text, of which one layer input at a time is in memory.
 
-    Args:
-        shards: each file, with the manifest fields that only it must have.
-        expected: manifest fields that all must have.
-
-    Raises:
-        FoLoRAError: a shard is damaged, holds what cannot be a sum of x xᵀ, is of another model or parameter set, or
-            has other layers than the first.
+    Attributes:
+        groups: name of a layer input to the layers that read it.
+        tokens: how many were summed.
+        manifests: of the shards.
     """
-    total: Moments | None = None
-    groups: Groups = {}
-    for path, own in shards:
-        tensors, manifest = read_tensors(path, artefact="covariance", **expected, **own)
-        about = fields_of(path, CovarianceManifest, manifest)
-        absent = [key for name in about.groups for key in (name, f"{FOURTH}{name}") if key not in tensors]
-        if absent:
-            raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
-        shard = Moments(
-            sums={name: tensors[name] for name in about.groups},
-            fourths={name: tensors[f"{FOURTH}{name}"] for name in about.groups},
-            tokens=about.tokens,
-        )
-        for name in about.groups:
-            if found := defect(shard.sums[name], shard.fourths[name], shard.tokens):
-                raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
-        if total is None:
-            total, groups = shard, about.groups
-            expected |= {"positions": about.positions, "groups": groups}
-        else:
-            total.add(shard)
-    assert total is not None, "params.py asks for at least one shard"
-    return total, groups
 
+    def __init__(self, shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> None:
+        """Look through all of the files.
 
-def read_text_counts(paths: list[Path]) -> dict[str, int]:
-    """How many ``sequences`` the proxy text of some shards has, and how many of them end in a loop (``loops``)."""
-    counts = dict.fromkeys(("sequences", "loops"), 0)
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            manifest = tensor_manifest(file, path, artefact="covariance")
-        counts = {field: count + manifest[field] for field, count in counts.items()}
-    return counts
+        Args:
+            shards: each file, with the manifest fields that only it must have.
+            expected: manifest fields that all must have.
+
+        Raises:
+            FoLoRAError: a shard is damaged, holds what cannot be a sum of x xᵀ, is of another model or parameter set,
+                or has other layers than the first.
+        """
+        self._shards: list[tuple[TensorFiles, int]] = []
+        for path, own in shards:
+            files = TensorFiles(path, artefact="covariance", **expected, **own)
+            about = fields_of(path, CovarianceManifest, files.manifests[0])
+            absent = [key for name in about.groups for key in (name, f"{FOURTH}{name}") if key not in files]
+            if absent:
+                raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
+            for name in about.groups:
+                total, fourth = files[name], files[f"{FOURTH}{name}"]
+                check_finite(path, name, total)
+                check_finite(path, f"{FOURTH}{name}", fourth)
+                if found := defect(total, fourth, about.tokens):
+                    raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
+            expected |= {"positions": about.positions, "groups": about.groups}
+            self._shards.append((files, about.tokens))
+        assert self._shards, "params.py asks for at least one shard"
+        self.groups: Groups = expected["groups"]
+        self.tokens = sum(tokens for _, tokens in self._shards)
+        self.manifests = [files.manifests[0] for files, _ in self._shards]
+
+    def read(self, name: str, shards: int | None = None) -> Moments:
+        """Moments of one layer input, added up over the shards in their order, or over the first so many of them."""
+        (first, tokens), *others = self._shards[:shards]
+        total = Moments({name: first[name]}, {name: first[f"{FOURTH}{name}"]}, tokens)
+        for files, tokens in others:
+            total.add(Moments({name: files[name]}, {name: files[f"{FOURTH}{name}"]}, tokens))
+        return total
 
 
 def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from folora.errors import FoLoRAError
 from folora.layers import Hook, hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+SINGLE, DOUBLE = 4, 8  # bytes of a number
 
 
 @dataclass
@@ -54,8 +57,11 @@ class Collector:
 
     def __init__(self, layers: dict[str, nn.Linear]) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=next(iter(layers.values())).weight.device)
+        widths = [layer.in_features for layer in layers.values()]
+        # one block of memory, which the allocator gives back whole; of many it would keep some for the next pass
+        blocks = zero.new_zeros(sum(d * d for d in widths)).split([d * d for d in widths])
         self.moments = Moments(
-            sums={name: zero.new_zeros(layer.in_features, layer.in_features) for name, layer in layers.items()},
+            sums={name: block.view(d, d) for name, block, d in zip(layers, blocks, widths, strict=True)},
             fourths={name: zero.clone() for name in layers},
         )
         self._selected: Tensor | None = None
@@ -77,7 +83,7 @@ class Collector:
                 x = x[self._selected.reshape(-1)]
             x = x.float()
             total = self.moments.sums[name]
-            for rows in _row_blocks(total):  # what lies right of the diagonal blocks is mirrored by `finish`
+            for rows in _row_blocks(len(total)):  # what lies right of the diagonal blocks is mirrored by `finish`
                 total[rows, : rows.stop] += x[:, rows].mT @ x[:, : rows.stop]
             self.moments.fourths[name] += x.square().sum(1).double().square().sum()
 
@@ -86,15 +92,50 @@ class Collector:
     def finish(self) -> None:
         """Make the sums whole, once every batch has been read."""
         for total in self.moments.sums.values():
-            for rows in _row_blocks(total):
+            for rows in _row_blocks(len(total)):
                 total[: rows.start, rows] = total[rows, : rows.start].mT
 
 
-def _row_blocks(total: Tensor) -> list[slice]:
+def _row_blocks(d: int) -> list[slice]:
     """Rows of a (d, d) matrix in some eight blocks, none so small that a product would not pay."""
-    d = len(total)
     size = max(192, -(-d // 8))
     return [slice(start, min(start + size, d)) for start in range(0, d, size)]
+
+
+def memory_of(widths: list[int]) -> int:
+    """Bytes that the sums of layer inputs of these widths take, and on top the products of a block of rows."""
+    sums = sum(DOUBLE * d * d for d in widths)
+    block = _row_blocks(max(widths))[0].stop
+    return sums + (SINGLE + DOUBLE) * block * max(widths)  # float32, and made float64 to be added
+
+
+def split_passes(widths: dict[str, int], budget: int | None) -> list[list[str]]:
+    """Which layer inputs are summed in each pass over the text, so that none takes more memory than the budget.
+
+    Args:
+        widths: of the layer inputs, by name.
+        budget: in bytes, of ``memory_of``; None: one pass.
+
+    Returns:
+        Names in the order given; each pass has as many as fit.
+
+    Raises:
+        FoLoRAError: a single layer input does not fit.
+    """
+    if budget is None:
+        return [list(widths)]
+    widest = max(widths.values())
+    if (needed := memory_of([widest])) > budget:
+        raise FoLoRAError(
+            f"covariance.memory_budget: {budget} bytes are too few for the moments of a layer input of width "
+            f"{widest:,}: give {needed} or more"
+        )
+    passes: list[list[str]] = [[]]
+    for name, width in widths.items():
+        if memory_of([*(widths[other] for other in passes[-1]), width]) > budget:
+            passes.append([])
+        passes[-1].append(name)
+    return passes
 
 
 @contextmanager

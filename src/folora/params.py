@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from folora.errors import FoLoRAError, describe
 from folora.methods import Method, method_from
@@ -212,6 +212,14 @@ class Covariance(Section):
         int | None,
         Field(ge=1, description="rows of a task that the utility is taken over, the first so many; null: all"),
     ]
+    memory_budget: Annotated[
+        ByteSize | None,
+        Field(
+            gt=0,
+            description="of the moments at once, in bytes or with a unit; those that do not fit are summed in further "
+            "passes over the text; changes no result; null: all in one pass",
+        ),
+    ] = None
 
 
 class SpectrumSection(Section):

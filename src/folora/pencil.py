@@ -141,19 +141,23 @@ def solve_spectrum(
     for side, moments in (("penalty", proxy), ("utility", task)):
         if not moments.tokens:
             raise FoLoRAError(f"the {side} moments are of no token: check the text that they were taken over")
-    inputs = {
-        name: layer_spectrum(
-            proxy.mean(name),
-            task.mean(name),
-            shrinkage=shrinkage,
-            proxy_tokens=proxy.tokens,
-            proxy_fourth=float(proxy.fourths[name]) / proxy.tokens,
-            directions=directions,
-            name=name,
-        )
-        for name in tqdm(groups, "spectrum", unit="input", disable=None)
-    }
-    return Spectrum(inputs, groups)
+    names = tqdm(groups, "spectrum", unit="input", disable=None)
+    return Spectrum({name: input_spectrum(proxy, task, name, shrinkage, directions) for name in names}, groups)
+
+
+def input_spectrum(
+    proxy: Moments, task: Moments, name: str, shrinkage: float | ShrinkageName, directions: int | None = None
+) -> LayerSpectrum:
+    """Solve the pencil of one layer input, as ``solve_spectrum`` does for all."""
+    return layer_spectrum(
+        proxy.mean(name),
+        task.mean(name),
+        shrinkage=shrinkage,
+        proxy_tokens=proxy.tokens,
+        proxy_fourth=float(proxy.fourths[name]) / proxy.tokens,
+        directions=directions,
+        name=name,
+    )
 
 
 def layer_spectrum(

@@ -7,26 +7,29 @@ Artefact tensors, for each layer input named after its first layer: ``NAME.basis
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
-from folora.covariance import read_moments, read_text_counts
+from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
 from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens, too_many_loops
-from folora.pencil import LayerSpectrum, Spectrum, solve_spectrum
+from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
+from folora.scratch import scratch
 from folora.stability import stability
-from folora.storage import fields_of, read_tensors, write_tensors
+from folora.storage import TensorFiles, digest_of_file, fields_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.base import Base
-    from folora.params import Params
+    from folora.params import Params, SpectrumSection
 
 logger = logging.getLogger(__name__)
 
 FIELDS = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
+SOLVED = "solved"  # the artefact of one layer input
 SAMPLED = 8  # directions of a layer input that are checked when it is read
 
 
@@ -35,48 +38,63 @@ def compute_spectrum(
 ) -> None:
     """Reduce a source's shards, solve the pencil of every layer input against the task and write the spectrum.
 
+    Moments and solutions of one layer input at a time are in memory.
+
     Raises:
         FoLoRAError: a shard is missing, damaged, or from another model or parameter set; a pencil is not solvable, or
             not well enough to be trusted.
     """
     proxy_settings = params.proxy.sampling(source)
-    shards = [(proxy_folder / f"{shard}.safetensors", {"shard": str(shard)}) for shard in params.proxy.shards]
-    expected = {**base.identity, "proxy": proxy_settings, "positions": params.covariance.proxy_positions}
-    proxy, groups = read_moments(shards, **expected)
-    half = len(shards) // 2
-    first = read_moments(shards[:half], **expected)[0] if half else None
-    target, _ = read_moments(
+    paths = [proxy_folder / f"{shard}.safetensors" for shard in params.proxy.shards]
+    proxy = StoredMoments(
+        [(path, {"shard": str(shard)}) for path, shard in zip(paths, params.proxy.shards, strict=True)],
+        **base.identity,
+        proxy=proxy_settings,
+        positions=params.covariance.proxy_positions,
+    )
+    target = StoredMoments(
         [(task_path, {})],
         **base.identity,
         task=params.tasks[task].model_dump(),
         positions=params.covariance.task_positions,
         task_rows=params.covariance.task_rows,
-        groups=groups,
+        groups=proxy.groups,
     )
-    spectrum = solve_spectrum(proxy, target, groups, **params.spectrum.model_dump())
-    tensors = {f"{name}.{field}": getattr(one, field) for name, one in spectrum.inputs.items() for field in FIELDS}
-    health = {
-        name: {**one.health, "proxy_fourth": one.proxy_fourth, **stability(proxy, first, name, one)}
-        for name, one in spectrum.inputs.items()
-    }
-    text = read_text_counts([path for path, _ in shards])
-    for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
-        if warning:
-            logger.warning("%s, %s: %s", task, source, warning)
-    manifest = {
+    about: dict[str, Any] = {
         "artefact": "spectrum",
         **base.identity,
         "task": params.tasks[task].model_dump(),
         "proxy": proxy_settings,
         "spectrum": params.spectrum.model_dump(),
-        "groups": groups,
-        "proxy_tokens": proxy.tokens,
-        "task_tokens": target.tokens,
-        "health": health,
-        **text,
+        "groups": proxy.groups,
     }
-    _refuse_breaches(output, fields_of(output, SpectrumManifest, manifest).health)
-    write_tensors(output, tensors, manifest)
+    with scratch(**about, moments=[digest_of_file(path) for path in (*paths, task_path)]) as unfinished:
+        solved = [unfinished / f"{number}.safetensors" for number in range(len(proxy.groups))]
+        for path, name in zip(solved, tqdm(proxy.groups, "spectrum", unit="input", disable=None), strict=True):
+            try:
+                TensorFiles(path, artefact=SOLVED)
+            except FoLoRAError:  # not solved yet, or a power cut has damaged it
+                _solve_input(proxy, target, name, params.spectrum, path)
+        files = TensorFiles(*solved, artefact=SOLVED)
+        health = {name: one["health"] for name, one in zip(proxy.groups, files.manifests, strict=True)}
+        text = {field: sum(one[field] for one in proxy.manifests) for field in ("sequences", "loops")}
+        for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
+            if warning:
+                logger.warning("%s, %s: %s", task, source, warning)
+        manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": health, **text}
+        _refuse_breaches(output, fields_of(output, SpectrumManifest, manifest).health)
+        write_tensors(output, files, manifest)
+
+
+def _solve_input(proxy: StoredMoments, target: StoredMoments, name: str, settings: SpectrumSection, path: Path) -> None:
+    """Write the spectrum of one layer input, with its health as manifest."""
+    half = len(proxy.manifests) // 2
+    first = proxy.read(name, half) if half else None
+    total = proxy.read(name)
+    one = input_spectrum(total, target.read(name), name, **settings.model_dump())
+    health = {**one.health, "proxy_fourth": one.proxy_fourth, **stability(total, first, name, one)}
+    tensors = {f"{name}.{field}": getattr(one, field) for field in FIELDS}
+    write_tensors(path, tensors, {"artefact": SOLVED, "health": health})
 
 
 def read_spectrum(path: Path, **expected: object) -> Spectrum:

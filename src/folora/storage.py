@@ -13,6 +13,7 @@ import os
 import re
 import reprlib
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
@@ -25,7 +26,7 @@ import psutil
 from folora.errors import FoLoRAError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     import pyarrow as pa
@@ -42,6 +43,7 @@ LIBRARIES = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers") 
 CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them
 PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # half written, with the id of the process
 METRICS_FILE, ANSWERS_FILE, TOKENS_FILE = "metrics.parquet", "answers.parquet", "tokens.parquet"  # results
+WORD = 8  # bytes of the number that a safetensors file begins with; the header after it fills such words
 METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run
 
 
@@ -233,13 +235,30 @@ def _short(value: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> None:
-    """Write tensors and their manifest to a safetensors file, whole or not at all."""
+    """Write tensors and their manifest to a safetensors file, whole or not at all.
+
+    The bytes are those of ``safetensors.torch.save``, which wants all tensors in memory, contiguous and on the CPU.
+    Here they are written one by one, so what a mapping such as ``TensorFiles`` reads when it is asked is not held.
+    """
     import safetensors.torch
+    import torch
 
     metadata = {METADATA_KEY: canonical_json({"format": FORMAT, **made_with(), **manifest})}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with publish(path) as partial:
-        partial.write_bytes(safetensors.torch.save(contiguous, metadata))
+    # the library says how types are called, and in which order tensors lie
+    empty = {name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    header: dict[str, Any] = json.loads(safetensors.torch.save(empty, metadata)[WORD:])
+    names = [name for name in header if name in empty]
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] |= {"shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % WORD)
+    with publish(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(WORD, "little"))
+        file.write(text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manifest]:
@@ -248,20 +267,72 @@ def read_tensors(path: Path, **expected: Any) -> tuple[dict[str, Tensor], Manife
     Raises:
         FoLoRAError: missing, truncated, another artefact, or not finite.
     """
+    with _opened(path) as file:
+        manifest = tensor_manifest(file, path, **expected)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors, manifest
+
+
+class TensorFiles(Mapping[str, "Tensor"]):
+    """The tensors of safetensors files by name, each read from its file whenever it is asked for.
+
+    Attributes:
+        manifests: of the files.
+    """
+
+    def __init__(self, *paths: Path, **expected: Any) -> None:
+        """Check the manifests of the files, which hold tensors of different names.
+
+        Raises:
+            FoLoRAError: a file is missing, truncated, or another artefact.
+        """
+        self.manifests: list[Manifest] = []
+        self._places: dict[str, Path] = {}
+        for path in paths:
+            with _opened(path) as file:
+                self.manifests.append(tensor_manifest(file, path, **expected))
+                self._places |= dict.fromkeys(file.keys(), path)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor, on the CPU; its memory is the file's until it is written to."""
+        with _opened(self._places[name]) as file:  # opened each time, since an open file keeps all that was read of it
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the tensors."""
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._places)
+
+
+def check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """See that every value of a tensor that was read is finite.
+
+    Raises:
+        FoLoRAError: it is not.
+    """
     import torch
+
+    if not torch.isfinite(tensor).all():
+        raise FoLoRAError(f"{path}: {name} holds NaN or infinite values: delete the file and run its stage again")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open safetensors file; that it is missing or damaged is one line."""
     from safetensors import SafetensorError, safe_open
 
     require(path)
     try:
         with safe_open(path, framework="pt") as file:
-            manifest = tensor_manifest(file, path, **expected)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            yield file
     except (SafetensorError, OSError) as error:
         raise FoLoRAError(f"{path}: damaged or truncated ({error}): delete it and run its stage again") from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise FoLoRAError(f"{path}: {name} holds NaN or infinite values: delete the file and run its stage again")
-    return tensors, manifest
 
 
 def tensor_manifest(file: Any, path: Path, **expected: Any) -> Manifest:

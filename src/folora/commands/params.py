@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ByteSize, TypeAdapter
+
 from folora.errors import FoLoRAError
 from folora.methods import Method, kinds
 from folora.params import Params
@@ -26,6 +28,7 @@ BOUNDS = {
     "exclusiveMaximum": "less than {}",
     "maximum": "at most {}",
 }
+SIZE = TypeAdapter(ByteSize).json_schema()["anyOf"][0]["pattern"]
 TYPES = {"integer": "integer", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 
 
@@ -153,6 +156,6 @@ def _allowed(schema: Schema, defs: Schema) -> str:
     if schema.get("type") == "array":
         return f"list of {_allowed(schema['items'], defs)}"
     if "pattern" in schema:
-        return "name"
+        return "size such as 2 GB" if schema["pattern"] == SIZE else "name"
     bounds = (text.format(f"{schema[bound]:,}") for bound, text in BOUNDS.items() if bound in schema)
     return ", ".join([TYPES[schema["type"]], *bounds])

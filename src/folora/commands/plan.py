@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import psutil
 
 from folora.coverage import Covered, coverage
+from folora.moments import memory_of, split_passes
 from folora.params import OfflineFoundation
 from folora.pencil import krylov_columns
 
@@ -60,6 +61,11 @@ class Shape:
     def squares(self) -> int:
         """Σ d² over the layer inputs."""
         return sum(d * d for d in self.inputs)
+
+    def passes(self, budget: int | None) -> list[list[int]]:
+        """Widths of the layer inputs whose moments are summed in each pass over a text."""
+        named = {str(number): d for number, d in enumerate(self.inputs)}
+        return [[named[name] for name in names] for names in split_passes(named, budget)]
 
     def spectrum_size(self, directions: int | None) -> int:
         """Numbers in the bases and moments of the layer inputs."""
@@ -108,12 +114,13 @@ def make_plan(params: Params, folder: Path | None = None) -> Plan:
         folder: of the pinned model; None: its configuration is looked up where the parameters say.
 
     Raises:
-        FoLoRAError: the model's configuration is not to be had.
+        FoLoRAError: the model's configuration is not to be had, or the memory budget is too small for a layer input.
     """
     model = empty_model(params, folder)
     shape, covered = shape_of(model, params)
     stages = plan_stages(params, shape, _speed("float32", _device(params)), _speed("float64", "cpu"))
-    return Plan(covered, stages, _warnings(stages, shape) + _truncated(shape, params.spectrum.directions))
+    notes = _truncated(shape, params.spectrum.directions) + _in_passes(shape, params.covariance.memory_budget, stages)
+    return Plan(covered, stages, _warnings(stages, shape) + notes)
 
 
 def head_line(params: Params, folder: Path, stage: str) -> str:
@@ -225,7 +232,8 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     measuring = 3 * scores * min(params.evaluation.batch_size, proxy.heldout_sequences) * proxy.max_length
     training = shape.size + spectrum + 4 * factors + max(passes) * (hidden * kept + inputs + 4 * scores) + measuring
     pencils = [pencil_cost(d, params.spectrum.directions) for d in shape.inputs]
-    solving = 3 * moments + max(memory for _, memory in pencils)
+    solving = max(3 * DOUBLE * d**2 + memory for d, (_, memory) in zip(shape.inputs, pencils, strict=True))
+    summed = shape.passes(params.covariance.memory_budget)  # how much of the layer inputs in each pass
     saved = (train.checkpoints + 1) * factors
 
     def stage(name: str, jobs: int, tokens: int, memory: float, disk: float, operations: float) -> StagePlan:
@@ -240,9 +248,9 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             "covariance",
             shards + tasks,
             counted,
-            shape.size + moments + reading,
+            shape.size + max(map(memory_of, summed)) + reading,
             (shards + tasks) * moments,
-            (forward + 2 * shape.squares) * counted,
+            (len(summed) * forward + 2 * shape.squares) * counted,
         ),
         stage("spectrum", solved, 0, solving, solved * spectrum, solved * sum(operations for operations, _ in pencils)),
         stage(
@@ -321,6 +329,20 @@ def _truncated(shape: Shape, directions: int | None) -> list[str]:
             f"the greatest λ, {saved}; the others are shut"
         )
     return found
+
+
+def _in_passes(shape: Shape, budget: int | None, stages: list[StagePlan]) -> list[str]:
+    """What a memory budget costs, where the moments do not fit it at once."""
+    passes = shape.passes(budget)
+    if len(passes) == 1:
+        return []
+    plan = next(stage for stage in stages if stage.stage == "covariance")
+    more = 2.0 * shape.parameters * (len(passes) - 1) * plan.tokens / plan.operations * plan.seconds
+    held, whole = max(map(memory_of, passes)), memory_of(shape.inputs)
+    return [
+        f"covariance.memory_budget: {len(passes)} passes over each text, {_bytes(held)} of moments at once instead of "
+        f"{_bytes(whole)}; {duration(more)} of the time is for the further passes"
+    ]
 
 
 def _bytes(value: float) -> str:
