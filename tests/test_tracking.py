@@ -127,6 +127,38 @@ def test_a_run_begun_again_repeats_no_reading(store: Tracking) -> None:
     assert histories(store) == {("digest", "loss"): [(step, 1 / step) for step in (1, 2, 3)]}
 
 
+@pytest.mark.parametrize(
+    ("code", "times", "sent"), [("BAD_REQUEST", 2, True), ("BAD_REQUEST", 3, False), ("INTERNAL_ERROR", 1, False)]
+)
+def test_a_database_that_refuses_is_asked_again(
+    code: str,
+    times: int,
+    sent: bool,
+    store: Tracking,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As PostgreSQL does where two runs add one data set at the same moment; see ``tests/load.py``."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ErrorCode
+
+    log_inputs, refusals = MlflowClient.log_inputs, [ErrorCode.Value(code)] * times
+
+    def refuse(*arguments: Any) -> None:
+        if refusals:
+            raise MlflowException("duplicate key", refusals.pop())
+        log_inputs(*arguments)
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_inputs", refuse)
+    monkeypatch.setattr(folora.tracking, "PAUSES", (0.1, 0.1))
+    with run_log(store, card(), {}) as log:
+        log.metrics({"loss": 1.0}, 1)
+    (run,) = logged(store)
+    assert ("loss" in run.data.metrics) == (len(run.inputs.dataset_inputs) == 1) == sent
+    assert len(warnings(caplog)) == (not sent)
+
+
 @pytest.mark.parametrize("error", [ValueError("a mistake"), KeyboardInterrupt()])
 def test_a_failing_block_fails_its_run(error: BaseException, store: Tracking) -> None:
     def fail() -> None:
@@ -368,6 +400,23 @@ def test_results_of_another_training_are_not_published(
     (run,) = (run for run in logged(store) if run.data.tags["run"] == LORA)
     assert "train/loss" in run.data.metrics
     assert "kept" not in run.data.metrics
+
+
+def test_an_adapter_that_was_sent_by_half_is_sent_again(
+    pipeline: Pipeline, runs: Path, evaluations: Path, store: Tracking
+) -> None:
+    """The last of its requests failed."""
+    from mlflow import MlflowClient
+
+    params = logging_to(pipeline.params, store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
+        with pytest.raises(FoLoRAError, match="then publish again"):
+            publish_runs(params, runs, evaluations, store.uri)
+    publish_runs(params, runs, evaluations, store.uri)
+    (experiment,) = {run.info.experiment_id for run in logged(store)}
+    models = client_of(store.uri).search_logged_models([experiment])
+    assert sorted((model.name, str(model.status)) for model in models) == [(REPLAY, "READY"), (LORA, "READY")]
 
 
 @pytest.mark.usefixtures("dead_server")
