@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from ruamel.yaml import YAML
+from services import s3
 from workspace import make_workspace, run
 
 from folora.base import Base, open_base
@@ -220,6 +222,17 @@ def by_dvc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = make_workspace(tmp_path_factory.mktemp("dvc"))
     run(workspace, "env", "PYTHONHASHSEED=1", "dvc", "repro")
     return workspace
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an S3 server with a bucket; its keys are in the environment."""
+    pytest.importorskip("moto.server", reason="no moto[server]")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secrets.token_hex(16))
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with s3() as url:
+        yield url
 
 
 @pytest.fixture

@@ -6,39 +6,21 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
+from services import BUCKET
 from workspace import AUTHOR, run, same_bytes, stale
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("dvc_s3", reason="no dvc-s3")
-server = pytest.importorskip("moto.server", reason="no moto[server]")
 
 
-@pytest.fixture
-def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A server that speaks S3, with a bucket ``results``."""
-    import boto3
-
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    url = f"http://{host}:{port}"
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="results")
-    yield url
-    running.stop()
-
-
-def test_what_one_machine_pushes_another_pulls_and_publishes(by_dvc: Path, tmp_path: Path, endpoint: str) -> None:
+def test_what_one_machine_pushes_another_pulls_and_publishes(by_dvc: Path, tmp_path: Path, bucket: str) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     shutil.copytree(by_dvc, one)
-    run(one, "dvc", "remote", "add", "--default", "bucket", "s3://results/folora")
-    run(one, "dvc", "remote", "modify", "bucket", "endpointurl", endpoint)
+    run(one, "dvc", "remote", "add", "--default", "bucket", f"s3://{BUCKET}/folora")
+    run(one, "dvc", "remote", "modify", "bucket", "endpointurl", bucket)
     run(one, "dvc", "push")
     run(one, "git", "add", ".")
     run(one, "git", *AUTHOR, "commit", "--quiet", "-m", "results")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import ast
 import os
 import shutil
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import ROOT
+from services import BUCKET, Server, missing_postgres, postgres
 
 import folora.tracking
 from folora.commands.publish import publish_runs
@@ -31,7 +31,7 @@ from folora.train import TrainInputs, train_run
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Pipeline
+    from conftest import Pipeline, SaveParams
 
     from folora.params import Params
 
@@ -125,6 +125,38 @@ def test_a_run_begun_again_repeats_no_reading(store: Tracking) -> None:
             for step in range(1, last + 1):
                 log.metrics({"loss": 1 / step}, step)
     assert histories(store) == {("digest", "loss"): [(step, 1 / step) for step in (1, 2, 3)]}
+
+
+@pytest.mark.parametrize(
+    ("code", "times", "sent"), [("BAD_REQUEST", 2, True), ("BAD_REQUEST", 3, False), ("INTERNAL_ERROR", 1, False)]
+)
+def test_a_database_that_refuses_is_asked_again(
+    code: str,
+    times: int,
+    sent: bool,
+    store: Tracking,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As PostgreSQL does where two runs add one data set at the same moment; see ``tests/load.py``."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import ErrorCode
+
+    log_inputs, refusals = MlflowClient.log_inputs, [ErrorCode.Value(code)] * times
+
+    def refuse(*arguments: Any) -> None:
+        if refusals:
+            raise MlflowException("duplicate key", refusals.pop())
+        log_inputs(*arguments)
+
+    monkeypatch.setattr("mlflow.MlflowClient.log_inputs", refuse)
+    monkeypatch.setattr(folora.tracking, "PAUSES", (0.1, 0.1))
+    with run_log(store, card(), {}) as log:
+        log.metrics({"loss": 1.0}, 1)
+    (run,) = logged(store)
+    assert ("loss" in run.data.metrics) == (len(run.inputs.dataset_inputs) == 1) == sent
+    assert len(warnings(caplog)) == (not sent)
 
 
 @pytest.mark.parametrize("error", [ValueError("a mistake"), KeyboardInterrupt()])
@@ -371,6 +403,23 @@ def test_results_of_another_training_are_not_published(
     assert "kept" not in run.data.metrics
 
 
+def test_an_adapter_that_was_sent_by_half_is_sent_again(
+    pipeline: Pipeline, runs: Path, evaluations: Path, store: Tracking
+) -> None:
+    """The last of its requests failed."""
+    from mlflow import MlflowClient
+
+    params = logging_to(pipeline.params, store)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "finalize_logged_model", lambda *_: 1 / 0)
+        with pytest.raises(FoLoRAError, match="then publish again"):
+            publish_runs(params, runs, evaluations, store.uri)
+    publish_runs(params, runs, evaluations, store.uri)
+    (experiment,) = {run.info.experiment_id for run in logged(store)}
+    models = client_of(store.uri).search_logged_models([experiment])
+    assert sorted((model.name, str(model.status)) for model in models) == [(REPLAY, "READY"), (LORA, "READY")]
+
+
 @pytest.mark.usefixtures("dead_server")
 def test_publishing_to_a_dead_server_is_one_line(
     pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path: Path
@@ -381,40 +430,6 @@ def test_publishing_to_a_dead_server_is_one_line(
         publish_runs(pipeline.params, runs, evaluations, "http://127.0.0.1:9")
     with pytest.raises(FoLoRAError, match="holds no finished run"):
         publish_runs(pipeline.params, tmp_path, evaluations, "http://127.0.0.1:9")
-
-
-class Server:
-    """An MLflow server in a process of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{port}"
-        folder.mkdir()
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-        command += ["--backend-store-uri", "sqlite:///server.db", "--artifacts-destination", "artifacts"]
-        self._process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def wait(self) -> Server:
-        from urllib.error import URLError
-        from urllib.request import urlopen
-
-        deadline = time.monotonic() + 180
-        while time.monotonic() < deadline:
-            try:
-                with urlopen(f"{self.uri}/health", timeout=5):
-                    return self
-            except (URLError, OSError):
-                time.sleep(0.5)
-        raise TimeoutError(f"no MLflow server at {self.uri}")
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
 
 @pytest.fixture
@@ -471,16 +486,77 @@ def test_a_server_killed_in_mid_run_loses_nothing(
     assert len(client_of(second.uri).search_logged_models([run.info.experiment_id])) == 1
 
 
-@pytest.mark.skipif("FOLORA_TEST_POSTGRES_URI" not in os.environ, reason="needs FOLORA_TEST_POSTGRES_URI")
-def test_postgres(pipeline: Pipeline, runs: Path, evaluations: Path) -> None:
-    uri = os.environ["FOLORA_TEST_POSTGRES_URI"]
-    settings = Tracking(experiment=f"test-{time.time()}", uri=uri)
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    """The address of a PostgreSQL database."""
+    if reason := missing_postgres():
+        pytest.skip(reason)
+    with postgres() as uri:
+        yield uri
+
+
+def test_postgres(pipeline: Pipeline, runs: Path, evaluations: Path, database: str) -> None:
+    settings = Tracking(experiment=f"test-{time.time()}", uri=database)
     params = logging_to(pipeline.params, settings)
-    publish_runs(params, runs, evaluations, uri)
+    publish_runs(params, runs, evaluations, database)
     stored = histories(settings)
-    assert {run.data.tags["run"] for run in logged(settings)} == {LORA, REPLAY}
-    publish_runs(params, runs, evaluations, uri)
+    assert {run.data.tags["run"] for run in logged(settings)} == {LORA, REPLAY, BASE}
+    publish_runs(params, runs, evaluations, database)
     assert histories(settings) == stored
+
+
+@pytest.mark.slow
+def test_a_server_with_postgres_and_a_bucket(
+    pipeline: Pipeline,
+    runs: Path,
+    evaluations: Path,
+    database: str,
+    bucket: str,
+    save_params: SaveParams,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a publishing machine knows of the server is its address: no key, no password."""
+    import boto3
+    from mlflow.artifacts import download_artifacts
+
+    name = f"bucket-{time.time()}"
+    values = pipeline.values() | {"tracking": {"experiment": name, "uri": "sqlite:///nowhere.db"}}
+    password = database.partition("@")[0].rpartition(":")[2]
+    keys = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    objects = boto3.client("s3", endpoint_url=bucket)
+    with monkeypatch.context() as of_server:
+        of_server.setenv("MLFLOW_S3_ENDPOINT_URL", bucket)
+        server = Server(tmp_path / "server", database, f"s3://{BUCKET}/mlflow")
+    for key in keys:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    arguments = ["--params", save_params(values), "--runs", runs, "--evaluations", evaluations]
+    command = [sys.executable, "-c", "from folora.cli import main; main()", "publish", *map(str, arguments)]
+    try:
+        server.wait()
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said.startswith("3 runs with results are in http://127.0.0.1:")
+        settings = Tracking(experiment=name, uri=server.uri)
+        stored = histories(settings), [run.to_dictionary() for run in logged(settings)]
+        publish_runs(logging_to(pipeline.params, settings), runs, evaluations, server.uri)
+        assert stored == (histories(settings), [run.to_dictionary() for run in logged(settings)])
+        (experiment,) = {run.info.experiment_id for run in logged(settings)}
+        models = {model.name: model for model in client_of(server.uri).search_logged_models([experiment])}
+        assert models.keys() == {LORA, REPLAY}
+        again = Path(download_artifacts(models[LORA].model_uri, dst_path=str(tmp_path / "again")))
+    finally:
+        server.kill()
+    adapter = runs / "lora" / LORA / "adapter"
+    listed = [one["Key"] for one in objects.list_objects_v2(Bucket=BUCKET, Prefix="mlflow/")["Contents"]]
+    kept = {Path(key).name: key for key in listed if f"/{models[LORA].model_id}/" in key}
+    assert kept.keys() >= {path.name for path in adapter.iterdir()} >= {"adapter_model.safetensors"}
+    for path in adapter.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+        assert objects.get_object(Bucket=BUCKET, Key=kept[path.name])["Body"].read() == path.read_bytes()
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for secret in (password, *keys.values()):
+        assert not any(secret.encode() in content for content in (said.encode(), *written))
 
 
 @pytest.mark.slow

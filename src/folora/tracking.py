@@ -13,9 +13,11 @@ import logging
 import os
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from queue import SimpleQueue
+from random import SystemRandom
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from folora.records import Card, Record
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DIGEST_TAG = "folora.digest"
 NOTE_TAG = "mlflow.note.content"
@@ -39,6 +42,7 @@ PARAM_LIMIT = 500  # characters of a value that every MLflow store accepts
 DATASET_DIGEST_LIMIT = 36
 METRICS_LIMIT = 1000  # of one request
 PATIENCE = 30.0  # seconds that the end of a run waits for what is still being sent
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds, at most, before a database is asked again
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
 NOTE = """FoLoRA: one MLflow run for each entry of `runs:` in params.yaml, and one for the base model.
 
@@ -58,6 +62,7 @@ class Store:
     def __init__(self, uri: str, experiment: str) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is the command's
         from mlflow import MlflowClient
 
         # several processes that open a new store at once fail in its schema migration
@@ -108,7 +113,9 @@ class Store:
         model = found[0] if found else self._client.create_logged_model(*about)
         if model.status != LoggedModelStatus.READY:
             self._client.log_model_artifacts(model.model_id, str(folder))
-            self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
+            outputs = self._client.get_run(run.info.run_id).outputs
+            if model.model_id not in {output.model_id for output in outputs.model_outputs}:  # a second time is refused
+                self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return model.model_id
 
@@ -172,13 +179,30 @@ def send_all(uri: str, experiment: str, records: Iterable[Record]) -> None:
         FoLoRAError: the store cannot be reached or refuses.
     """
     try:
-        store = Store(uri, experiment)
+        store = _insist(partial(Store, uri, experiment))
         for record in records:
-            store.send(record)
+            _insist(partial(store.send, record))
     except FoLoRAError:
         raise
     except Exception as error:
         raise FoLoRAError(f"MLflow at {uri}: {_first_line(error)}: see that it runs, then publish again") from error
+
+
+def _insist(action: Callable[[], T]) -> T:
+    """Do something with a store, a few times where its database refuses, since what is done twice is there once.
+
+    MLflow answers so where two runs add a data set at the same moment, and where too many wait for a connection.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for pause in PAUSES:
+        try:
+            return action()
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST":
+                raise
+            time.sleep(pause * SystemRandom().random())  # not in step with the others
+    return action()
 
 
 class Sender:
@@ -213,9 +237,9 @@ class Sender:
         for name, value in IMPATIENT.items():
             os.environ.setdefault(name, value)
         try:
-            store = Store(address(self._settings), self._settings.experiment)
+            store = _insist(partial(Store, address(self._settings), self._settings.experiment))
             while action := self._actions.get():
-                action(store)
+                _insist(partial(action, store))
         except Exception as error:
             logger.warning("MLflow: %s; the run goes on, `folora publish` sends it later", _first_line(error))
 
