@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folora import pencil
 from folora.adapter import AdaptedModel, Context
 from folora.base import Base
-from folora.covariance import CountedText
+from folora.counted_text import CountedText
 from folora.methods import method_from
 from folora.pencil import LayerSpectrum, Spectrum
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-import folora.covariance
+import folora.counted_text
 import folora.evaluate
 import folora.proxy
 import folora.spectrum
@@ -247,10 +247,10 @@ def test_moments_go_on_after_the_last_sums(pipeline: Pipeline, tmp_path: Path, m
     rows = pipeline.proxy / "0.parquet"
     compute_covariance(params, pipeline.base, rows, tmp_path / "undisturbed.safetensors")
     with monkeypatch.context() as patched:
-        killed_after(patched, folora.covariance.Sums, "save_at_times", 2)
+        killed_after(patched, folora.counted_text.Sums, "save_at_times", 2)
         with pytest.raises(Killed):
             compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
-    count = killed_after(monkeypatch, folora.covariance.Sums, "save_at_times", 1000)
+    count = killed_after(monkeypatch, folora.counted_text.Sums, "save_at_times", 1000)
     compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
     assert count == [-(-params.proxy.sequences // 3) - 2]
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "undisturbed.safetensors").read_bytes()
@@ -266,10 +266,10 @@ def test_moments_within_a_budget_go_on_in_the_pass_they_stopped_in(
     params = Params.model_validate(values)
     rows = pipeline.proxy / "0.parquet"
     with monkeypatch.context() as patched:
-        killed_after(patched, folora.covariance.Sums, "save_at_times", batches)
+        killed_after(patched, folora.counted_text.Sums, "save_at_times", batches)
         with pytest.raises(Killed):
             compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
-    count = killed_after(monkeypatch, folora.covariance.Sums, "save_at_times", 1000)
+    count = killed_after(monkeypatch, folora.counted_text.Sums, "save_at_times", 1000)
     compute_covariance(params, pipeline.base, rows, tmp_path / "0.safetensors")
     assert count == [3 * -(-params.proxy.sequences // 3) - batches]
     values["covariance"] |= {"memory_budget": None}

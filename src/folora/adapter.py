@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from folora.base import Base
-    from folora.covariance import CountedText
+    from folora.counted_text import CountedText
     from folora.moments import Moments
     from folora.pencil import Spectrum
 

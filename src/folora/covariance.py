@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from tqdm import tqdm
 
+from folora.counted_text import SUMS, CountedText, Sums
 from folora.errors import FoLoRAError
 from folora.health import PRODUCTS, TokenCount
-from folora.layers import Groups, adapted_layers, batches, input_groups
-from folora.moments import Moments, collect, split_passes
+from folora.layers import Groups, adapted_layers, input_groups
+from folora.moments import FOURTH, Moments, split_passes
 from folora.proxy import PROXY_COLUMNS
-from folora.scratch import save_seconds, scratch
+from folora.scratch import scratch
 from folora.storage import (
     TensorFiles,
     check_finite,
@@ -28,15 +26,13 @@ from folora.storage import (
 from folora.task import masked_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from folora.base import Base
     from folora.params import Params
-
-SUMS = "sums"  # the artefact of an unfinished stage
 
 
 def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> None:
@@ -93,113 +89,10 @@ def _collected(
     """The tensors of the artefact: in memory after one pass over the text, of several each in a file."""
     sums = [Sums(unfinished / f"{number}.safetensors") for number in range(len(passes))]
     if len(passes) == 1:
-        return _stored(text.moments(model, passes[0], sums[0]))
+        return text.moments(model, passes[0], sums[0]).tensors
     for one, layers in zip(sums, passes, strict=True):
         one.save(text.moments(model, layers, one), text.batch_count)  # and no name that would hold them any longer
     return TensorFiles(*(one.path for one in sums), artefact=SUMS)
-
-
-class Sums:
-    """Moments over the first batches of a text, saved every few minutes for the stage to go on from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._saved = time.monotonic()
-
-    def take_up(self, moments: Moments) -> int:
-        """Fill moments with the saved sums; returns the number of batches they are over."""
-        try:
-            saved = TensorFiles(self.path, artefact=SUMS)
-        except FoLoRAError:  # there are none, or a power cut has damaged them
-            return 0
-        for name, value in _stored(moments).items():
-            value.copy_(saved[name])
-        moments.tokens = saved.manifests[0]["tokens"]
-        return int(saved.manifests[0]["batches"])
-
-    def save_at_times(self, moments: Moments, batches: int) -> None:
-        """Save sums over so many batches, when the last ones saved are old."""
-        if time.monotonic() - self._saved >= save_seconds():
-            self.save(moments, batches)
-            self._saved = time.monotonic()
-
-    def save(self, moments: Moments, batches: int) -> None:
-        """Save sums over so many batches."""
-        about = {"artefact": SUMS, "tokens": moments.tokens, "batches": batches}
-        write_tensors(self.path, _stored(moments), about)
-
-
-@dataclass(frozen=True)
-class CountedText:
-    """Rows of tokens, and which of their positions count in a moment.
-
-    Attributes:
-        token_ids: rows of any length.
-        loss_masks: true on the response, a row each; None for text without one.
-        positions: ``all``, ``without_first`` or ``response``.
-        batch_size: rows a forward pass.
-        padding: token id.
-    """
-
-    token_ids: list[list[int]]
-    loss_masks: list[list[bool]] | None
-    positions: str
-    batch_size: int
-    padding: int
-
-    @property
-    def batch_count(self) -> int:
-        """How many forward passes it takes."""
-        return -(-len(self.token_ids) // self.batch_size)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens count."""
-        return sum(int(counted.sum()) for _, _, counted in self._batches("cpu"))
-
-    @torch.no_grad()
-    def moments(self, model: Any, layers: dict[str, nn.Linear], sums: Sums | None = None) -> Moments:
-        """Second moments of the inputs of ``layers`` (by name of the layer input) while ``model`` reads the text.
-
-        Args:
-            model: a causal language model.
-            layers: of the model.
-            sums: where unfinished work is kept, and taken up.
-        """
-        with collect(layers) as collector:
-            begun = sums.take_up(collector.moments) if sums else 0
-            made = tqdm(self._batches(model.device), "covariance", self.batch_count)
-            for number, (input_ids, mask, counted) in enumerate(made):
-                if number < begun:
-                    continue
-                collector.select(counted)
-                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-                if sums:
-                    sums.save_at_times(collector.moments, number + 1)
-        return collector.moments
-
-    def _batches(self, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Token ids, which of them are no padding, and which of those count."""
-        for input_ids, mask, rows in batches(self.token_ids, self.batch_size, self.padding, device):
-            yield input_ids, mask, mask & self._counted(mask, rows)
-
-    def _counted(self, mask: Tensor, rows: range) -> Tensor:
-        counted = torch.ones_like(mask)
-        if self.positions == "without_first":
-            counted[:, 0] = False
-        elif self.positions == "response":
-            assert self.loss_masks is not None, "params.py allows response positions for the task only"
-            length = mask.shape[1]
-            padded = [self.loss_masks[row] + [False] * (length - len(self.loss_masks[row])) for row in rows]
-            counted = torch.tensor(padded, device=mask.device)
-        return counted
-
-
-FOURTH = "fourth/"  # what the names of the scalars Σ ‖x‖⁴ begin with
-
-
-def _stored(moments: Moments) -> dict[str, Tensor]:
-    return moments.sums | {f"{FOURTH}{name}": value for name, value in moments.fourths.items()}
 
 
 class CovarianceManifest(BaseModel):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SINGLE, DOUBLE = 4, 8  # bytes of a number
+FOURTH = "fourth/"  # what the names of Σ ‖x‖⁴ begin with among the tensors of moments
 
 
 @dataclass
@@ -35,6 +36,11 @@ class Moments:
     sums: dict[str, Tensor]
     fourths: dict[str, Tensor]
     tokens: int = 0
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All sums by the names that they are stored under."""
+        return self.sums | {f"{FOURTH}{name}": value for name, value in self.fourths.items()}
 
     def add(self, other: Moments) -> None:
         """Add the sums of another shard, which must have the same layer inputs."""

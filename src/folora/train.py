@@ -17,7 +17,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArgume
 
 from folora import processes
 from folora.adapter import AdaptedModel, Context
-from folora.covariance import CountedText
+from folora.counted_text import CountedText
 from folora.coverage import COVERAGE_FILE, Covered, coverage, print_coverage
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
