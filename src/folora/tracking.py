@@ -114,7 +114,8 @@ class Store:
         if model.status != LoggedModelStatus.READY:
             self._client.log_model_artifacts(model.model_id, str(folder))
             outputs = self._client.get_run(run.info.run_id).outputs
-            if model.model_id not in {output.model_id for output in outputs.model_outputs}:  # a second time is refused
+            known = {output.model_id for output in outputs.model_outputs} if outputs else set()
+            if model.model_id not in known:  # a second time is refused
                 self._client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step)])
             self._client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         return model.model_id
