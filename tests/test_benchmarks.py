@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 FOLDER = ROOT / "benchmarks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("bench", "models", "simulate", "table"))
+NAMES = sorted(
+    path.stem for path in FOLDER.glob("*.py") if path.stem not in ("bench", "models", "planned", "simulate", "table")
+)
 
 
 @pytest.mark.slow

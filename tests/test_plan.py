@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -164,6 +166,42 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
     rows = {"math": 512, "code": 512, "instruction": 512}
     assert stages["covariance"].tokens == 256 * 2048 + sum(256 * length for length in rows.values())
     assert {run.task for run in params.runs.values()} == rows.keys()
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_run_against_what_it_took(by_dvc: Path, tmp_path: Path) -> None:
+    """Of a tiny model memory is that of the libraries, and manifests weigh more than rows; time is not asserted."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "planned.py"), "--output", str(tmp_path / "ratios.json")]
+    subprocess.run(command, cwd=by_dvc, check=True)
+    found = {one["stage"]: one for one in json.loads((tmp_path / "ratios.json").read_text())}
+    assert found.keys() == {"proxy", "heldout", "covariance", "spectrum", "train"}
+    assert all(0.5 < one["memory"] < 3 for one in found.values())
+    assert all(0.8 < found[stage]["disk"] < 1.25 for stage in ("covariance", "spectrum"))
+
+
+def test_seventy_billion_parameters_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of docs/scale.md: the 8B preset with the shape of Llama-3-70B."""
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    monkeypatch.setattr("folora.commands.plan._config", lambda *_: config)
+    params = load_params(ROOT / "workflow" / "presets" / "llama-3-8b.yaml")
+    shape, _ = shape_of(empty_model(params), params)
+    assert shape.parameters == 70_553_706_496
+    stages = {stage.stage: stage for stage in plan_stages(params, shape, 1e12, 1e12)}
+    moments = 8 * 80 * 3 * 8192**2
+    assert stages["covariance"].disk == 11 * moments
+    assert stages["covariance"].memory > 2 * shape.parameters + moments
+    assert stages["spectrum"].operations == 3 * 80 * 3 * 13 * 8192**3
+    page = (ROOT / "docs" / "scale.md").read_text()
+    for stage in stages.values():
+        *_, memory, disk, _ = stage.cells()
+        assert f"| {stage.stage} | {stage.jobs} | {memory} | {disk} |" in page
 
 
 @pytest.mark.parametrize("setting", [{"micro_batch": 2}, {"gradient_checkpointing": True}])
