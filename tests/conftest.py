@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from workspace import make_workspace, run
 
 from folora.base import Base, open_base
+from folora.errors import FoLoRAError
 from folora.params import Params, Tracking
 from folora.storage import CONDITIONS
 
@@ -263,6 +264,17 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
     yield run
     torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def sandbox() -> None:
+    """Skip where the machine has no bubblewrap, or forbids it namespaces."""
+    from folora.sandbox import check_sandbox
+
+    try:
+        check_sandbox()
+    except FoLoRAError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_the_file_says_everything_but_the_options_of_tasks_and_methods() -> None
     options = ("prompt", "response", "messages", "chat", "learn", "rows", "too_long", "packing")
     expected = [*(f"Task.{name}" for name in options), "SpectrumSection.directions"]
     expected += ["Train.micro_batch", "Train.gradient_checkpointing"]
-    expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat")]
+    expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat", "run_generated_code")]
     assert fields(sections, required=False) == expected
     assert fields(methods, required=True) == [f"{method.__name__}.kind" for method in methods]
     assert all(one.model_config["extra"] == "forbid" for one in [*sections, *methods])

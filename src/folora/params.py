@@ -285,6 +285,9 @@ class Evaluation(Section):
     batch_size: Annotated[Count, Field(description="items at once")]
     limit: Annotated[int | None, Field(ge=1, description="the first so many items of each task; null: all")] = None
     chat: Annotated[bool, Field(description="whether prompts are put in the tokenizer's chat template")] = False
+    run_generated_code: Annotated[
+        bool, Field(description="whether code that the model writes is run, in a sandbox, by tasks that ask for it")
+    ] = False
 
     @field_validator("texts")
     @classmethod
@@ -367,6 +370,11 @@ class Params(Section):
         if self.report.reference not in self.methods:
             raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
         return self
+
+    def evaluation_tasks(self) -> list[str]:
+        """The names of all evaluation tasks that some model is asked."""
+        own = [name for task in self.tasks.values() for name in (task.target, task.validation)]
+        return list(dict.fromkeys([*own, *self.evaluation.kept, *self.evaluation.at_best]))
 
     def runs_of(self, method: str) -> dict[str, Run]:
         """The runs of one method, by name, in the order of the file."""
