@@ -127,6 +127,17 @@ def test_pretrained_foundation(tiny_values: dict[str, Any]) -> None:
     assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None, loading=LOADING)
 
 
+def test_a_device_without_float64_is_refused_with_the_reason(
+    tiny_values: dict[str, Any], save_params: SaveParams, refused: Refused
+) -> None:
+    loading = LOADING.model_dump() | {"device": "mps"}
+    section = {"source": "pretrained", "model": "somewhere", "revision": None, "loading": loading}
+    file = save_params(changed(tiny_values, "foundation", section))
+    line = refused("report", "--evaluations", "none", "--params", file)
+    assert "foundation.loading.device: mps has no float64" in line
+    assert "take cpu" in line
+
+
 def test_params_cannot_be_changed(tiny_params: Params) -> None:
     with pytest.raises(ValueError, match="frozen"):
         tiny_params.train.steps = 3  # type: ignore[misc]

@@ -86,6 +86,13 @@ class Loading(Section):
     ]
     trust_remote_code: Annotated[bool, Field(description="whether code from the model's repository may run here")]
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _not_mps(cls, device: Any) -> Any:
+        if device == "mps":
+            raise ValueError("mps has no float64, which sampling and the sums of moments need: take cpu")
+        return device
+
 
 class PretrainedFoundation(Section):
     """A model that exists: a hub id with its revision, a local folder, or a GGUF file."""
