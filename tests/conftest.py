@@ -20,6 +20,7 @@ from services import s3
 from workspace import make_workspace, run
 
 from folora.base import Base, open_base
+from folora.errors import FoLoRAError
 from folora.params import Params, Tracking
 from folora.storage import CONDITIONS
 
@@ -276,6 +277,17 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
     yield run
     torch.use_deterministic_algorithms(mode=False)
+
+
+@pytest.fixture
+def sandbox() -> None:
+    """Skip where the machine has no bubblewrap, or forbids it namespaces."""
+    from folora.sandbox import check_sandbox
+
+    try:
+        check_sandbox()
+    except FoLoRAError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

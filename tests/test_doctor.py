@@ -54,6 +54,17 @@ def test_python_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.python().level == PROBLEM
 
 
+def test_a_sandbox_is_looked_for_where_it_is_needed(
+    tiny_values: dict[str, Any], save_params: SaveParams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.generated_code(save_params(tiny_values)) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    values = tiny_values | {"evaluation": tiny_values["evaluation"] | {"run_generated_code": True}}
+    (finding,) = doctor.generated_code(save_params(values))
+    assert finding.level == PROBLEM
+    assert "needs bubblewrap" in finding.seen
+
+
 @pytest.mark.parametrize(("free", "level"), [(0.5, PROBLEM), (2, WARNING), (50, OK)])
 def test_disk_space(free: float, level: str) -> None:
     assert doctor.disk(free).level == level

@@ -239,6 +239,44 @@ def further(pipeline: Pipeline, store: Tracking, tmp_path: Path) -> tuple[Params
     return Params.model_validate(values), world
 
 
+@pytest.mark.usefixtures("sandbox")
+def test_code_that_the_model_writes_is_run_and_recorded(
+    pipeline: Pipeline, runs: Path, store: Tracking, tmp_path: Path
+) -> None:
+    """In the form of HumanEval: the model's words stay a comment, so one function is right and the other wrong."""
+    world, output = tmp_path / "world", tmp_path / "evaluation"
+    shutil.copytree(pipeline.world, world)
+    test = {"test": "def check(f):\n    assert f(1) == 2", "entry_point": "f"}
+    problems = [{"prompt": f"def f(x):\n    return x + {n}\n# ", **test} for n in (1, 2)]
+    (world / "problems.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    task = {
+        "include": "humaneval",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "problems.jsonl"}},
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 3, "do_sample": False},
+    }
+    write_json(world / "evaluation" / "code.yaml", task)
+    values = pipeline.values() | {"tracking": store.model_dump()}
+    values["evaluation"] |= {"kept": ["home", "code"], "run_generated_code": True}
+    params = Params.model_validate(values)
+    evaluate_base(params, pipeline.base, world, pipeline.heldout, output / "base")
+    evaluate_method(params, "lora", pipeline.base, world, pipeline.heldout, runs / "lora", output / "lora")
+    for name in ("base", "lora"):
+        assert {row["kept/code"] for row in rows(output / name / "metrics.parquet")} == {0.5}
+        asked = [row for row in rows(output / name / "answers.parquet") if row["task"] == "code"]
+        assert {(row["item"], row["score"]) for row in asked} == {(0, 1.0), (1, 0.0)}
+        _, manifest = read_table(output / name / "metrics.parquet")
+        assert manifest["generated_code"]["sandbox"].startswith("bubblewrap ")
+        assert manifest["generated_code"]["limits"]["seconds"] == 5
+    refusing = Params.model_validate(values | {"evaluation": values["evaluation"] | {"run_generated_code": False}})
+    with pytest.raises(FoLoRAError, match=r"task code: runs code .*: evaluation\.run_generated_code: true lets it"):
+        Evaluator(refusing, pipeline.base, world, pipeline.heldout)
+
+
+def test_results_without_code_do_not_speak_of_a_sandbox(evaluations: Path) -> None:
+    assert "generated_code" not in read_table(evaluations / "lora" / "metrics.parquet")[1]
+
+
 def test_some_tasks_are_asked_at_the_best_rate_only(
     further: tuple[Params, Path], pipeline: Pipeline, runs: Path, tmp_path: Path
 ) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import Pipeline
+from conftest import Pipeline, SaveParams
+from fake_hub import hub
 from safetensors.torch import load_file
 from small import BATCH, base_model, context
 from transformers import (
@@ -250,11 +254,14 @@ def test_other_kinds_of_model_are_refused(model: PreTrainedModel, tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "weights are quantised"),
+        *(
+            ({"quantization_config": {"quant_method": name, "bits": 4}}, rf"weights are quantised \({name}\): name the")
+            for name in ("bitsandbytes", "gptq", "awq")
+        ),
         ({"model_type": "nobody"}, "configuration cannot be read"),
         ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "nobody"}, "configuration cannot be read"),
     ],
-    ids=["quantised", "unknown", "untrusted"],
+    ids=["bitsandbytes", "gptq", "awq", "unknown", "untrusted"],
 )
 def test_a_configuration_that_will_not_do_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
     source = save(tiny_llama(), tmp_path / "source")
@@ -263,6 +270,39 @@ def test_a_configuration_that_will_not_do_is_refused(changes: dict[str, Any], re
     (source / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(FoLoRAError, match=reason):
         pin(source, tmp_path / "pinned")
+
+
+def quantised(source: Path) -> Path:
+    """A model folder that says that its weights have four bits."""
+    save(tiny_llama(), source)
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+@pytest.mark.slow
+def test_a_quantised_model_of_a_hub_is_refused_before_its_weights_are_fetched(
+    tiny_values: dict[str, Any], save_params: SaveParams, tmp_path: Path
+) -> None:
+    """By the stage, and by the plan that a careful user asks for first."""
+    quantised(tmp_path / "hub" / "models" / "someone" / "packed")
+    section = {"source": "pretrained", "model": "someone/packed", "revision": None, "loading": LOADING.model_dump()}
+    file = save_params(tiny_values | {"foundation": section})
+    outputs = ["--output", tmp_path / "pinned", "--world", tmp_path / "world", "--threads", 1]
+    with hub(tmp_path / "hub") as address:
+        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "cache")}
+        for command in (["plan"], ["foundation", *outputs]):
+            arguments = [sys.executable, "-c", "from folora.cli import main; main()", *command, "--params", file]
+            done = subprocess.run(
+                [*map(str, arguments)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 1
+            (line,) = (line for line in done.stderr.splitlines() if "folora: " in line)
+            assert "its weights are quantised (bitsandbytes): name the model that they were made from" in line
+    assert not (tmp_path / "pinned").exists()
+    assert list(tmp_path.glob("cache/**/config.json"))
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal is for machines without CUDA")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from folora.errors import FoLoRAError
-from folora.harness import Harness
+from folora.harness import CodeEval, Harness
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,8 +138,107 @@ def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None
         asked.answers(model, ["likely", "poetry"])
     with pytest.raises(FoLoRAError, match="evaluation task corpus: no score of a single item among its metrics: bleu"):
         asked.answers(model, ["corpus"])
-    with pytest.raises(FoLoRAError, match="evaluation task humaneval: "):
+    with pytest.raises(FoLoRAError, match=r"humaneval: runs code .*: evaluation\.run_generated_code: true lets it"):
         asked.answers(model, ["humaneval"])
+
+
+def own(folder: Path, name: str, rows: list[dict[str, Any]], **spec: Any) -> None:
+    """A task file with data beside it."""
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": f"{name}.jsonl"}}}
+    (folder / "evaluation" / f"{name}.yaml").write_text(json.dumps({**spec, **data}))
+
+
+PROBLEM = {
+    "prompt": "def f(x):",
+    "text": "Add one.",
+    "test_list": ["assert 1"] * 3,
+    "test": "def check(f):\n    assert f(1) == 2",
+    "entry_point": "f",
+}
+SHORT = {"until": ["\n"], "max_gen_toks": 3, "do_sample": False}  # what the model says stays a comment
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_code_in_the_form_of_humaneval_is_right_if_it_passes(pipeline: Pipeline, folder: Path) -> None:
+    rows = [{**PROBLEM, "prompt": f"def f(x):\n    return x + {n}\n# "} for n in (1, 2)]
+    own(folder, "code", rows, include="humaneval", generation_kwargs=SHORT)
+    asked = harness(pipeline, folder, run_generated_code=True)
+    answers = asked.answers(pipeline.base.load_model(), ["code"])
+    assert [(answer["task"], answer["score"]) for answer in answers] == [("code", 1.0), ("code", 0.0)]
+    for answer, row in zip(answers, rows, strict=True):
+        assert answer["prompt"] == row["prompt"]
+        assert answer["answer"].startswith(row["prompt"])
+        assert answer["expected"] == f"{PROBLEM['test']}\ncheck(f)"
+    assert (asked.generated_code or {})["sandbox"].startswith("bubblewrap ")
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_code_in_the_form_of_mbpp_is_right_if_it_passes(pipeline: Pipeline, folder: Path) -> None:
+    own(folder, "code", [PROBLEM], include="mbpp", dataset_name=None)
+    asked = harness(pipeline, folder, run_generated_code=True)
+    pass_at_1 = asked.tasks("code")["code"]._metric_fn_list["pass_at_1"]
+    assert [pass_at_1(["assert a == 1"], [code]) for code in ("a = 1", "a = 1 +")] == [1.0, 0.0]
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_pass_at_1_is_the_share_of_samples_that_pass() -> None:
+    predictions = [["a = 1", "a = 2", "a =", "a = 1.0"]]
+    assert CodeEval.compute(references=["assert a == 1"], predictions=predictions, k=[1]) == ({"pass@1": 0.5}, {})
+
+
+@pytest.mark.parametrize("known", ["humaneval", "mbpp", "humaneval_64"])
+def test_code_is_run_only_where_that_is_asked_for(known: str, pipeline: Pipeline, folder: Path) -> None:
+    own(folder, "code", [PROBLEM], include=known, dataset_name=None, unsafe_code=False)  # it is, whatever it says
+    with pytest.raises(FoLoRAError, match=r"task code: runs code .* evaluation\.run_generated_code: true lets it"):
+        harness(pipeline, folder).tasks("code")
+
+
+@pytest.mark.parametrize("spec", [{"include": "humaneval_64"}, {**SPEC, **KINDS["filtered"], "unsafe_code": True}])
+@pytest.mark.usefixtures("sandbox")
+def test_code_that_is_scored_otherwise_is_refused(spec: dict[str, Any], pipeline: Pipeline, folder: Path) -> None:
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "code.jsonl"}}, "task": "code"}
+    (folder / "code.jsonl").write_text(json.dumps(PROBLEM) + "\n")
+    (folder / "evaluation" / "code.yaml").write_text(json.dumps({**spec, **data}))
+    with pytest.raises(FoLoRAError, match="task code: runs code that the model wrote in a way of its own: only pass@1"):
+        harness(pipeline, folder, run_generated_code=True).tasks("code")
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_metric_that_runs_code_is_never_taken_from_a_hub(
+    allowed: bool, pipeline: Pipeline, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.load", lambda name: pytest.fail(f"{name} is loaded"))
+    metric = {"metric": "code_eval", "hf_evaluate": True, "aggregation": "mean"}
+    (folder / "evaluation" / "code.yaml").write_text(
+        json.dumps({**SPEC, **KINDS["corpus"], "task": "code", "metric_list": [metric]})
+    )
+    with pytest.raises(FoLoRAError, match="evaluation task code: runs code that the model wrote"):
+        harness(pipeline, folder, run_generated_code=allowed).tasks("code")
+
+
+def test_a_task_of_the_harness_takes_other_data(pipeline: Pipeline, folder: Path) -> None:
+    row = {"question": "1 + 1?", "answer": "One more. #### 2"}
+    changes = {"dataset_name": None, "training_split": None, "fewshot_split": None, "num_fewshot": 0}
+    own(folder, "sums", [row], include="gsm8k", **changes, generation_kwargs=SHORT)
+    (answer,) = harness(pipeline, folder).answers(pipeline.base.load_model(), ["sums"])
+    assert (answer["prompt"], answer["expected"]) == ("Question: 1 + 1?\nAnswer:", "One more. #### 2")
+    own(folder, "odd", [row], include="nobody")
+    with pytest.raises(FoLoRAError, match=r"odd\.yaml: include: 'nobody' is no task of the harness"):
+        harness(pipeline, folder).tasks("odd")
+
+
+def test_data_without_a_column_that_is_asked_for_are_named(pipeline: Pipeline, folder: Path) -> None:
+    own(folder, "odd", ITEMS, **{**SPEC, **KINDS["filtered"], "doc_to_text": "{{question}}>", "task": "odd"})
+    with pytest.raises(FoLoRAError, match=r"task odd: its data or code cannot be loaded: .*'question' is undefined"):
+        harness(pipeline, folder).tasks("odd")
+
+
+def test_a_metric_that_is_not_known_is_named(pipeline: Pipeline, folder: Path) -> None:
+    spec = {**SPEC, **KINDS["corpus"], "task": "typing", "metric_list": [{"metric": "exact_macht"}]}
+    (folder / "evaluation" / "typing.yaml").write_text(json.dumps(spec))
+    with pytest.raises(FoLoRAError, match=r"typing\.yaml: metric_list: 'exact_macht' is no metric of the harness"):
+        harness(pipeline, folder).tasks("typing")
 
 
 @pytest.mark.parametrize(("content", "expected"), [("a: [", "not valid YAML"), ("words", "expected a table")])

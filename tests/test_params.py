@@ -129,6 +129,17 @@ def test_pretrained_foundation(tiny_values: dict[str, Any]) -> None:
     assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None, loading=LOADING)
 
 
+def test_a_device_without_float64_is_refused_with_the_reason(
+    tiny_values: dict[str, Any], save_params: SaveParams, refused: Refused
+) -> None:
+    loading = LOADING.model_dump() | {"device": "mps"}
+    section = {"source": "pretrained", "model": "somewhere", "revision": None, "loading": loading}
+    file = save_params(changed(tiny_values, "foundation", section))
+    line = refused("report", "--evaluations", "none", "--params", file)
+    assert "foundation.loading.device: mps has no float64" in line
+    assert "take cpu" in line
+
+
 def test_params_cannot_be_changed(tiny_params: Params) -> None:
     with pytest.raises(ValueError, match="frozen"):
         tiny_params.train.steps = 3  # type: ignore[misc]
@@ -144,7 +155,7 @@ def test_the_file_says_everything_but_the_options_of_tasks_and_methods() -> None
     options = ("prompt", "response", "messages", "chat", "learn", "rows", "too_long", "packing")
     expected = [*(f"Task.{name}" for name in options), "Covariance.memory_budget", "SpectrumSection.directions"]
     expected += ["Train.micro_batch", "Train.gradient_checkpointing"]
-    expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat")]
+    expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat", "run_generated_code")]
     assert fields(sections, required=False) == expected
     assert fields(methods, required=True) == [f"{method.__name__}.kind" for method in methods]
     assert all(one.model_config["extra"] == "forbid" for one in [*sections, *methods])

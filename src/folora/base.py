@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+WEIGHTS = "*.safetensors"
+WEIGHT_PATTERNS = (WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json")
 TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "chat_template*", "*.model")
 
 
@@ -153,8 +154,14 @@ def model_patterns(*, code: bool) -> tuple[str, ...]:
     return (*WEIGHT_PATTERNS, "*.py") if code else WEIGHT_PATTERNS
 
 
-def pinned_folder(source: str, revision: str | None, *, code: bool = False) -> Path:
+def pinned_folder(source: str, revision: str | None, *, code: bool = False, weights: bool = True) -> Path:
     """The local folder of a model: itself, or the hub's snapshot of it.
+
+    Args:
+        source: local folder or hub id.
+        revision: on the hub.
+        code: whether Python files belong to the model.
+        weights: whether these are fetched, beside configuration and tokenizer.
 
     Raises:
         FoLoRAError: neither a folder nor a model that the hub serves.
@@ -164,7 +171,8 @@ def pinned_folder(source: str, revision: str | None, *, code: bool = False) -> P
     from huggingface_hub import snapshot_download
 
     patterns = [*model_patterns(code=code), *TOKENIZER_PATTERNS]
-    fetch = partial(snapshot_download, source, revision=revision, allow_patterns=patterns)
+    without = None if weights else WEIGHTS
+    fetch = partial(snapshot_download, source, revision=revision, allow_patterns=patterns, ignore_patterns=without)
     return Path(from_hub("foundation.model", source, revision, fetch))
 
 
@@ -175,7 +183,7 @@ def check_model(folder: Path, loading: Loading) -> None:
         FoLoRAError: it is a model of another kind, quantised, of unknown or untrusted code, or the device or a special
             token is missing.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import AutoConfig
 
     check_device(loading.device)
     try:
@@ -184,14 +192,33 @@ def check_model(folder: Path, loading: Loading) -> None:
     except configuration_errors() as error:
         reason = " ".join(str(error).split())[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise FoLoRAError(f"{folder}: its weights are quantised: name the model that they were made from")
+    check_kind(str(folder), config, named)
+    load_tokenizer(folder, loading)
+
+
+def check_kind(source: str, config: PretrainedConfig, named: list[str]) -> None:
+    """See that a configuration is that of a causal language model whose weights are numbers.
+
+    Args:
+        source: of the model, for the message.
+        config: of the model.
+        named: the classes that it names.
+
+    Raises:
+        FoLoRAError: it is not.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:  # on CUDA too: starts, DoRA and merging compute with W, which packed integers are not
+        how = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        advice = "name the model that they were made from; loading.dtype: bfloat16 halves its memory"
+        raise FoLoRAError(f"{source}: its weights are quantised ({how or 'in a way that is not named'}): {advice}")
     if not hasattr(config, "auto_map"):  # code of its own says itself what it is
         made: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if made is None or config.is_encoder_decoder or (named and made.__name__ not in named):
             what = ", ".join(named) or type(config).__name__
-            raise FoLoRAError(f"{folder}: is a {what}, not a causal language model: name one that is")
-    load_tokenizer(folder, loading)
+            raise FoLoRAError(f"{source}: is a {what}, not a causal language model: name one that is")
 
 
 def configuration_errors() -> tuple[type[Exception], ...]:

@@ -56,13 +56,18 @@ class Evaluator:
 
     Attributes:
         model: what is measured.
+
+    Raises:
+        FoLoRAError: an evaluation task is missing or cannot be asked.
     """
 
     def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
-        self.model: PreTrainedModel | PeftModel = base.load_model()
         self._kept = params.evaluation.kept
         tokenizer = base.load_tokenizer()
         self._harness = Harness(tasks, params.evaluation, tokenizer)
+        for name in params.evaluation_tasks():  # what cannot be asked is said before the model runs
+            self._harness.tasks(name)
+        self.model: PreTrainedModel | PeftModel = base.load_model()
         self._texts = Texts(params, base, self.model, tokenizer, tasks, heldout)
 
     def load(self, checkpoint: Path) -> None:
@@ -80,6 +85,12 @@ class Evaluator:
     def answers(self, task_names: list[str]) -> list[Record]:
         """Ask every item of the named tasks; see ``Harness.answers``."""
         return self._harness.answers(self.model, task_names)
+
+    @property
+    def about(self) -> Record:
+        """What the manifests say of how it was measured: in what sandbox the model's code ran, if it did."""
+        code = self._harness.generated_code
+        return {} if code is None else {"generated_code": code}
 
     def tasks_of(self, task: Task) -> list[str]:
         """Names of the evaluation tasks of one adaptation: target, validation and kept."""
@@ -102,11 +113,17 @@ class Results:
         """Keep KL and loss of every token; see ``token_records``."""
         self._tokens += [{"run": key["run"], "step": key["step"], **record} for record in tokens]
 
-    def write(self, output: Path, runs: dict[str, str]) -> None:
-        """Write the folder; ``runs`` holds the digest of each run that was measured."""
+    def write(self, output: Path, runs: dict[str, str], how: Record) -> None:
+        """Write the folder.
+
+        Args:
+            output: the folder.
+            runs: digest of each run that was measured.
+            how: what the evaluator says about itself.
+        """
         with publish(output) as folder:
             folder.mkdir()
-            about: Record = {"artefact": "metrics", "runs": runs}
+            about: Record = {"artefact": "metrics", "runs": runs, **how}
             write_table(folder / METRICS_FILE, pa.Table.from_pylist(self.metrics), about)
             about = {"metrics": digest_of_file(folder / METRICS_FILE)}
             write_table(folder / ANSWERS_FILE, pa.Table.from_pylist(self._answers), {"artefact": "answers", **about})
@@ -139,7 +156,7 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
         results.answered(key, answered)
         at_best = best_scores(answered, params.evaluation.at_best)
         results.metrics.append({**key, **scores(answered, task, params), **at_best, **figures(readings)})
-    results.write(output, {})
+    results.write(output, {}, evaluator.about)
     with sending(params.tracking) as sender:
         for record in base_records(output / METRICS_FILE, source_tags(params)):
             sender.send(record)
@@ -170,7 +187,7 @@ def evaluate_method(
             _measure(evaluator, params, name, runs / name, results, unfinished)
         if params.evaluation.at_best:
             _ask_at_best(evaluator, params.evaluation.at_best, runs, results, unfinished)
-        results.write(output, digests)
+        results.write(output, digests, evaluator.about)
     source = source_tags(params)
     with sending(params.tracking) as sender:
         for name in digests:

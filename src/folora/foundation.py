@@ -60,10 +60,12 @@ def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
     if settings.model.endswith(GGUF):
         convert_gguf(Path(settings.model), settings.loading, output)
         return
-    folder = pinned_folder(settings.model, settings.revision, code=settings.loading.trust_remote_code)
+    code = settings.loading.trust_remote_code
+    folder = pinned_folder(settings.model, settings.revision, code=code, weights=False)
     check_model(folder, settings.loading)
     # the hub keeps a snapshot in a folder named after its commit
     commit = folder.name if folder.parent.name == "snapshots" else settings.revision
+    folder = pinned_folder(settings.model, commit, code=code)
     with publish(output) as partial:
         partial.mkdir()
         write_json(partial / MANIFEST_FILE, _manifest(folder, settings.loading, settings.model, commit))

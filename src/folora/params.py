@@ -86,6 +86,13 @@ class Loading(Section):
     ]
     trust_remote_code: Annotated[bool, Field(description="whether code from the model's repository may run here")]
 
+    @field_validator("device", mode="before")
+    @classmethod
+    def _not_mps(cls, device: Any) -> Any:
+        if device == "mps":
+            raise ValueError("mps has no float64, which sampling and the sums of moments need: take cpu")
+        return device
+
 
 class PretrainedFoundation(Section):
     """A model that exists: a hub id with its revision, a local folder, or a GGUF file."""
@@ -293,6 +300,9 @@ class Evaluation(Section):
     batch_size: Annotated[Count, Field(description="items at once")]
     limit: Annotated[int | None, Field(ge=1, description="the first so many items of each task; null: all")] = None
     chat: Annotated[bool, Field(description="whether prompts are put in the tokenizer's chat template")] = False
+    run_generated_code: Annotated[
+        bool, Field(description="whether code that the model writes is run, in a sandbox, by tasks that ask for it")
+    ] = False
 
     @field_validator("texts")
     @classmethod
@@ -375,6 +385,11 @@ class Params(Section):
         if self.report.reference not in self.methods:
             raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
         return self
+
+    def evaluation_tasks(self) -> list[str]:
+        """The names of all evaluation tasks that some model is asked."""
+        own = [name for task in self.tasks.values() for name in (task.target, task.validation)]
+        return list(dict.fromkeys([*own, *self.evaluation.kept, *self.evaluation.at_best]))
 
     def runs_of(self, method: str) -> dict[str, Run]:
         """The runs of one method, by name, in the order of the file."""

@@ -51,6 +51,7 @@ def examine(params_file: Path) -> list[Finding]:
         disk(shutil.disk_usage(Path.cwd()).free / 1e9),
         file_system(_type_of_file_system(Path.cwd())),
         *locks(),
+        *generated_code(params_file),
     ]
 
 
@@ -160,6 +161,23 @@ def locks() -> list[Finding]:
         Finding("locks", WARNING, f"{path}: of a process that has ended", advice) for path, advice in stale.items()
     ]
     return found or [Finding("locks", OK, "none is stale")]
+
+
+def generated_code(path: Path) -> list[Finding]:
+    """Whether the sandbox can be made, where the parameters ask for it."""
+    from folora.sandbox import check_sandbox, describe_sandbox
+
+    try:
+        wanted = load_params(path).evaluation.run_generated_code
+    except FoLoRAError:
+        wanted = False  # what is wrong with them stands in another line
+    if not wanted:
+        return []
+    try:
+        check_sandbox()
+    except FoLoRAError as error:
+        return [Finding("sandbox", PROBLEM, str(error), "or set it to false")]
+    return [Finding("sandbox", OK, describe_sandbox()["sandbox"])]
 
 
 def _type_of_file_system(folder: Path) -> str:

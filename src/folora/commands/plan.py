@@ -157,6 +157,7 @@ def _device(params: Params) -> str:
 def _config(params: Params, folder: Path | None) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    from folora.base import check_kind
     from folora.foundation import GGUF, character_tokenizer, offline_config
     from folora.hub import from_hub
 
@@ -171,6 +172,8 @@ def _config(params: Params, folder: Path | None) -> PretrainedConfig:
     trusted = settings.loading.trust_remote_code
     get = partial(AutoConfig.from_pretrained, source, trust_remote_code=trusted, **options)
     config: PretrainedConfig = from_hub("foundation.model", settings.model, settings.revision, get)
+    if "gguf_file" not in options:  # whose weights the foundation stage makes numbers of
+        check_kind(settings.model, config, [str(name) for name in config.architectures or []])
     return config
 
 

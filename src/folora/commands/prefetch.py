@@ -41,8 +41,7 @@ def _load_tasks(params: Params) -> list[str]:
 
     settings = params.evaluation
     harness = Harness(Path(settings.tasks), settings, open_base(FOUNDATION).load_tokenizer())
-    of_tasks = [name for task in params.tasks.values() for name in (task.target, task.validation)]
-    names = list(dict.fromkeys([*of_tasks, *settings.kept, *settings.at_best]))
+    names = params.evaluation_tasks()
     for name in names:
         harness.tasks(name)
     return names
