@@ -52,9 +52,10 @@ from folora.errors import FoLoRAError
 from folora.evaluate import evaluate_method
 from folora.foundation import LOADING, character_tokenizer, pin_foundation
 from folora.layers import adapted_layers
+from folora.loading import Loading
 from folora.methods import kinds, method_from
 from folora.methods.factors import SplitMethod
-from folora.params import Loading, PretrainedFoundation
+from folora.params import PretrainedFoundation
 from folora.proxy import generate_heldout, generate_proxy
 from folora.spectrum import compute_spectrum
 from folora.storage import read_json, read_table, read_tensors

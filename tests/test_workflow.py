@@ -88,7 +88,7 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
         "hub",
         "library",
     }
-    wiring |= {"params", "presets", "processes", "records", "scratch", "storage", "tracking"}
+    wiring |= {"loading", "params", "presets", "processes", "records", "scratch", "storage", "tracking"}
     modules = {f"src/folora/{path.name}" for path in (ROOT / "src/folora").glob("*.py") if path.stem not in wiring}
     assert modules <= listed
     assert all((ROOT / path).exists() for path in listed)

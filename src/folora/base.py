@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from folora import processes
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
-from folora.params import Loading
+from folora.loading import Loading
 from folora.storage import MANIFEST_FILE, Manifest, check_manifest, digest_of, digest_of_file, fields_of, read_json
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from folora.base import check_model, digests, pinned_folder
 from folora.errors import FoLoRAError
-from folora.params import Loading
+from folora.loading import Loading
 from folora.storage import FORMAT, MANIFEST_FILE, Manifest, digest_of_file, made_with, publish, require, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
 

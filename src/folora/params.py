@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from folora.errors import FoLoRAError, describe
+from folora.loading import Loading
 from folora.methods import Method, method_from
 from folora.shrinkage import ShrinkageName
 
@@ -70,28 +71,6 @@ class OfflineFoundation(Section):
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be a multiple of twice the heads ({2 * self.heads})")
         return self
-
-
-class Loading(Section):
-    """How every stage loads the base model."""
-
-    device: Annotated[Literal["cpu", "cuda"], Field(description="where it runs")]
-    dtype: Annotated[Literal["float32", "bfloat16"], Field(description="of the frozen weights; the adapter is float32")]
-    attention: Annotated[
-        Literal["eager", "sdpa", "flash_attention_2"],
-        Field(description="implementation; eager is fastest for short rows on a CPU"),
-    ]
-    bos_token: Annotated[
-        str | None, Field(description="what every text begins with, for a tokenizer without a BOS token of its own")
-    ]
-    trust_remote_code: Annotated[bool, Field(description="whether code from the model's repository may run here")]
-
-    @field_validator("device", mode="before")
-    @classmethod
-    def _not_mps(cls, device: Any) -> Any:
-        if device == "mps":
-            raise ValueError("mps has no float64, which sampling and the sums of moments need: take cpu")
-        return device
 
 
 class PretrainedFoundation(Section):
