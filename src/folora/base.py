@@ -190,7 +190,7 @@ def check_model(folder: Path, loading: Loading) -> None:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
         named = [str(name) for name in config.architectures or []]
     except configuration_errors() as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise FoLoRAError(f"{folder}: its configuration cannot be read: {reason}") from error
     check_kind(str(folder), config, named)
     load_tokenizer(folder, loading)
@@ -254,7 +254,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, configuration_errors()):
             raise
-        reason = " ".join(str(error).split())[:200]  # the tokenizers library raises the bare class
+        reason = str(error)[:200]  # the tokenizers library raises the bare class
         raise FoLoRAError(f"{folder}: its tokenizer cannot be read: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise FoLoRAError(f"{folder}: its tokenizer has no eos_token: choose a model that has one")

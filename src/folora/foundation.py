@@ -92,7 +92,7 @@ def convert_gguf(file: Path, loading: Loading, output: Path) -> None:
     except ImportError as error:
         raise FoLoRAError(f"{file}: reading GGUF needs another package: pip install 'folora[gguf]'") from error
     except Exception as error:  # the reader of a damaged file may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise FoLoRAError(f"{file}: cannot be read as GGUF: {reason}") from error
     with publish(output) as folder:
         model.save_pretrained(folder)

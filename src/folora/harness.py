@@ -156,7 +156,7 @@ class Harness:
             with _own_code_metric(name, run=self._settings.run_generated_code):
                 tasks: dict[str, Any] = manager.load([what])["tasks"]
         except (OSError, ValueError, ImportError, LookupError, TypeError, TemplateError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = f"{type(error).__name__}: {error}"[:200]
             raise FoLoRAError(f"evaluation task {name}: its data or code cannot be loaded: {reason}") from error
         return tasks
 
@@ -278,7 +278,7 @@ def _own_task(path: Path, folder: Path) -> Record:
     try:
         spec: Record = YAML(typ="safe", pure=True).load(path)
     except YAMLError as error:
-        raise FoLoRAError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise FoLoRAError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(spec, dict):
         raise FoLoRAError(f"{path}: expected a table: a task of the harness")
     for entry in spec.get("metric_list") or []:

@@ -55,7 +55,7 @@ def _why(error: Exception, source: str, revision: str | None) -> str:
         return f"{source!r} is neither a folder here nor on the hub, or it is private and you are not logged in"
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return f"{source!r} is neither a folder here nor in the cache, and the hub cannot be reached"
-    reason = " ".join(str(error).split())[:200]
+    reason = str(error)[:200]
     if Path(source).exists():
         return f"{source!r}: {reason}"
     return f"{source!r} is neither a folder here nor to be had from the hub: {reason}"

@@ -428,7 +428,7 @@ def parse_params(text: str | bytes, source: str) -> Params:
     try:
         values = YAML(typ="safe").load(content)
     except (YAMLError, ValueError, RecursionError) as error:  # of ValueError: a date that is none
-        raise FoLoRAError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise FoLoRAError(f"{source}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise FoLoRAError(f"{source}: expected a table of sections: see the params.yaml of a fresh clone")
     try:

@@ -142,8 +142,7 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
         Modules.model_validate_json((adapter / "adapter_config.json").read_bytes())
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (SafetensorError, *mistakes) as error:
-        reason = " ".join(str(error).split())
-        raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {reason[:200]}") from error
+        raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {str(error)[:200]}") from error
     if adapted.active_peft_config.is_prompt_learning:
         raise FoLoRAError(f"{adapter}: adds tokens to the prompt and changes no layer: name an adapter that does")
     return adapted
