@@ -100,7 +100,7 @@ def test_folder_without_data_is_named(tiny_base: Base, tiny_params: Params, tmp_
             '{"question": "1", "reply": "2"}\n',
             "row 0: 'answer' is undefined: mend the template in params.yaml; the columns are question",
         ),
-        ('{"question": "1", "answer": ""}\n', "row 0 of the task: the response is empty"),
+        ('{"question": "1", "answer": ""}\n', "data.jsonl, row 0: the response is empty"),
         ('{"question": "1", "answer": "2"}\n{"question": "11111", "answer": "2222222"}\n', "row 1 of the task: "),
         ('{"question": "1", "answer": "2"}\n{"question":\n', "data.jsonl: cannot be read as json"),
         ('["1", "2"]\n', "data.jsonl: cannot be read as jsonl: a line is no table of columns"),

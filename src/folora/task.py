@@ -205,7 +205,8 @@ def texts(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) -> 
     rendered = render(rows, [settings.prompt or "", settings.response or ""], settings.dataset)
     for number, (prompt, response) in enumerate(rendered):
         if not response:
-            raise FoLoRAError(f"{_row(number)}: the response is empty: remove the row or change the template")
+            where = f"{settings.dataset}, row {number}"
+            raise FoLoRAError(f"{where}: the response is empty: remove the row or change the template")
         if settings.chat:
             turns = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": response}]
             yield chat_segments(number, turns, tokenizer)
