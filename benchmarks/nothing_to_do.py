@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from bench import Row, alternate, main
 from ruamel.yaml import YAML
 
-from folora.dag import is_folder, resolve_stages
+from folora.dag import is_folder, record_stages, resolve_stages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,13 +65,14 @@ def make_workspace(workspace: Path, runs: int | None) -> int:
         yaml.dump(params, workspace / "params.yaml")
     run(workspace, "git", "init", "--quiet")
     run(workspace, "dvc", "init", "--quiet")
-    stages = resolve_stages(workspace)
-    for stage in stages.values():
-        for name in stage.outputs:
-            write(workspace / name / "made" if is_folder(name) else workspace / name)
-    for task in params["tasks"].values():
-        write(workspace / task["dataset"] / "made")
-    run(workspace, "dvc", "commit", "--force")
+    with chdir(workspace):
+        stages = resolve_stages(Path())
+        for stage in stages.values():
+            for name in stage.outputs:
+                write(Path(name) / "made" if is_folder(name) else Path(name))
+        for task in params["tasks"].values():
+            write(Path(task["dataset"]) / "made")
+        record_stages(Path(), list(stages))  # `dvc commit` would write the whole lock file once for every stage
     return len(stages)
 
 

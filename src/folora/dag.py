@@ -5,11 +5,16 @@ This is the one file that uses DVC's undocumented index; ``pyproject.toml`` pins
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dvc.dependency import ParamsDependency
+from dvc.dependency import param as dvc_params
 from dvc.exceptions import DvcException
 from dvc.repo import Repo, lock_repo
 from ruamel.yaml import YAML
@@ -18,7 +23,7 @@ from folora.errors import FoLoRAError
 from folora.params import flatten
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -217,12 +222,41 @@ def _overlaps(outputs: list[str]) -> Callable[[str], list[str]]:
     return find
 
 
-def _repository(root: Path, *, wait: bool = False) -> Repo:
+@contextmanager
+def _params_read_once() -> Iterator[None]:
+    """Have DVC parse a parameter file once in the block.
+
+    It does so once for every stage, and walks all of the file for every key: the square of the number of stages.
+    """
+    original = dvc_params.read_param_file
+    parsed: dict[str, Any] = {}
+
+    def read(fs: Any, path: str, key_paths: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
+        if not key_paths or not flatten:
+            return original(fs, path, key_paths, flatten, **options)
+        if path not in parsed:
+            parsed[path] = original(fs, path, None, **options)
+        try:
+            return {key: deepcopy(reduce(getitem, key.split("."), parsed[path])) for key in key_paths}
+        except (KeyError, TypeError):  # a key that is missing, or a pattern
+            return original(fs, path, key_paths, flatten, **options)
+
+    dvc_params.read_param_file = read
+    try:
+        yield
+    finally:
+        dvc_params.read_param_file = original
+
+
+@contextmanager
+def _repository(root: Path, *, wait: bool = False) -> Iterator[Repo]:
     """The repository; with ``wait`` another process may hold its lock for a while."""
     try:
-        return Repo(str(root), _wait_for_lock=wait)
+        repo = Repo(str(root), _wait_for_lock=wait)
     except DvcException as error:
         reason = " ".join(str(error).split())
         raise FoLoRAError(
             f"{root}: {reason} (in a copy without git: `git init`, or `dvc config core.no_scm true`)"
         ) from error
+    with repo, _params_read_once():
+        yield repo
