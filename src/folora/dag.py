@@ -92,7 +92,7 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
         try:
             stages = [stage for stage in repo.index.stages if stage.is_data_source is False and stage.cmd]
         except DvcException as error:
-            raise FoLoRAError(f"{root / 'dvc.yaml'}: {' '.join(str(error).split())}") from error
+            raise FoLoRAError(f"{root / 'dvc.yaml'}: {error}") from error
         outputs = {stage.addressing: tuple(out.def_path for out in stage.outs) for stage in stages}
         overlapping = _overlaps([output for paths in outputs.values() for output in paths])
         on_gpu = _device(root / "params.yaml") == "cuda"
@@ -129,7 +129,7 @@ def stale_changes(root: Path) -> dict[str, list[Change]]:
             stages = {stage.addressing: stage for stage in repo.index.stages}
             return {name: _changes(stages[name], entries) for name, entries in repo.status().items()}
         except DvcException as error:
-            raise FoLoRAError(f"{root}: dvc status failed: {' '.join(str(error).split())}") from error
+            raise FoLoRAError(f"{root}: dvc status failed: {error}") from error
 
 
 def _changes(stage: Any, entries: list[Any]) -> list[Change]:
@@ -186,7 +186,7 @@ def record_stages(root: Path, names: list[str]) -> None:
                     stage.commit(relink=False)
                 ran[0].dvcfile.dump_stages(ran, update_pipeline=False)
         except (DvcException, KeyError) as error:
-            raise FoLoRAError(f"{root}: cannot record {', '.join(names)}: {' '.join(str(error).split())}") from error
+            raise FoLoRAError(f"{root}: cannot record {', '.join(names)}: {error}") from error
 
 
 def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
@@ -254,7 +254,7 @@ def _repository(root: Path, *, wait: bool = False) -> Iterator[Repo]:
     try:
         repo = Repo(str(root), _wait_for_lock=wait)
     except DvcException as error:
-        reason = " ".join(str(error).split())
+        reason = str(error)
         raise FoLoRAError(
             f"{root}: {reason} (in a copy without git: `git init`, or `dvc config core.no_scm true`)"
         ) from error
