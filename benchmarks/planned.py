@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from folora.commands import FOUNDATION
 from folora.commands.plan import make_plan
 from folora.costs import LEDGER, Cost, read_costs
 from folora.dag import resolve_stages
@@ -76,9 +75,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     try:
-        params = load_params(Path("params.yaml"))
         here = {output for stage in resolve_stages(Path()).values() for output in stage.outputs}
-        plans = make_plan(params, FOUNDATION if FOUNDATION.is_dir() else None).stages
+        plans = make_plan(load_params(Path("params.yaml"))).stages
     except FoLoRAError as error:
         sys.exit(f"planned: {error}")
     found = ratios(plans, [cost for cost in read_costs().values() if cost.output in here])
