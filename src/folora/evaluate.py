@@ -56,16 +56,25 @@ class Evaluator:
 
     Attributes:
         model: what is measured.
-
-    Raises:
-        FoLoRAError: an evaluation task is missing or cannot be asked.
     """
 
-    def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path) -> None:
+    def __init__(self, params: Params, base: Base, tasks: Path, heldout: Path, asked: list[str] | None = None) -> None:
+        """See that all tasks can be asked, then load the model.
+
+        Args:
+            params: how it is measured.
+            base: the base model.
+            tasks: folder with evaluation tasks.
+            heldout: proxy text for KL and perplexity.
+            asked: names of tasks; None: all that the parameters name.
+
+        Raises:
+            FoLoRAError: an evaluation task is missing or cannot be asked.
+        """
         self._kept = params.evaluation.kept
         tokenizer = base.load_tokenizer()
         self._harness = Harness(tasks, params.evaluation, tokenizer)
-        for name in params.evaluation_tasks():  # what cannot be asked is said before the model runs
+        for name in params.evaluation_tasks() if asked is None else asked:
             self._harness.tasks(name)
         self.model: PreTrainedModel | PeftModel = base.load_model()
         self._texts = Texts(params, base, self.model, tokenizer, tasks, heldout)

@@ -108,9 +108,9 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         require_file(adapter / name)
-    evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout)
-    spectrum = read_spectrum(yardsticks.spectrum, **base.identity)
     tasks = [name for name in params.evaluation.kept if (yardsticks.tasks / "evaluation" / f"{name}.yaml").exists()]
+    evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout, tasks)
+    spectrum = read_spectrum(yardsticks.spectrum, **base.identity)
     base_perplexity = figures(evaluator.base_drift())["perplexity"]
     before = accuracies(evaluator.answers(tasks)) if tasks else {}
     evaluator.model = model = put_on(evaluator.model, adapter)
