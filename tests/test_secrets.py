@@ -79,8 +79,11 @@ def test_a_run_against_a_server_with_a_password_keeps_it_to_itself(
 def test_nothing_in_the_project_unpickles() -> None:
     code = [*(ROOT / "src").rglob("*.py"), *(ROOT / "workflow").rglob("*.smk"), ROOT / "Snakefile"]
     unsafe = re.compile(r"\bpickle\b|\bjoblib\b|torch\.load\(|allow_pickle|unsafe_load|yaml\.load\(|\beval\(|\bexec\(")
-    found = [f"{path}: {line}" for path in code for line in path.read_text().splitlines() if unsafe.search(line)]
-    assert [line for line in found if ".eval()" not in line] == []
+    found = [f"{path.name}: {line}" for path in code for line in path.read_text().splitlines() if unsafe.search(line)]
+    runs_a_program = [line for line in found if line.startswith("sandboxed.py: ")]  # which is what it is for
+    assert len(runs_a_program) == 1
+    assert "    exec(" in runs_a_program[0]
+    assert [line for line in found if ".eval()" not in line and line not in runs_a_program] == []
 
 
 def test_a_pickled_adapter_is_refused(pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
