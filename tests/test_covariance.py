@@ -202,8 +202,8 @@ def test_peak_memory_stays_within_the_budget(pipeline: Pipeline, save_params: Sa
     printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     within, at_once = map(int, printed.split())
     moments = 8 * 4 * (3 * 1024**2 + 2048**2)
-    assert within <= 1.25 * budget < moments / 2  # C's allocator keeps some of what it was given back
-    assert at_once >= moments
+    assert within <= 1.1 * budget < moments / 2  # C's allocator keeps some of what it was given back
+    assert at_once > 0.9 * moments  # a peak may fall between two looks
     assert (tmp_path / "within").read_bytes() == (tmp_path / "at once").read_bytes()
 
 
