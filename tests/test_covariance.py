@@ -146,6 +146,7 @@ def test_passes_hold_as_many_inputs_as_fit(widths: list[int], spare: int) -> Non
 
 PEAK = """
 import sys
+from ctypes import CDLL
 from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
@@ -175,6 +176,7 @@ def run(modules, budget, output):
     covariance = params.covariance.model_copy(update={"memory_budget": budget})
     adapter = params.adapter.model_copy(update={"target_modules": modules})
     changed = params.model_copy(update={"covariance": covariance, "adapter": adapter})
+    CDLL(None).malloc_trim(0)  # what the allocator keeps of the run before would hide as much of this one
     before, seen, done = held(), [], Event()
 
     def watch():
@@ -202,8 +204,8 @@ def test_peak_memory_stays_within_the_budget(pipeline: Pipeline, save_params: Sa
     printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     within, at_once = map(int, printed.split())
     moments = 8 * 4 * (3 * 1024**2 + 2048**2)
-    assert within <= 1.1 * budget < moments / 2  # C's allocator keeps some of what it was given back
-    assert at_once > 0.9 * moments  # a peak may fall between two looks
+    assert within <= budget < moments / 2
+    assert at_once >= moments
     assert (tmp_path / "within").read_bytes() == (tmp_path / "at once").read_bytes()
 
 

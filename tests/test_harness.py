@@ -138,6 +138,8 @@ def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None
         asked.answers(model, ["likely", "poetry"])
     with pytest.raises(FoLoRAError, match="evaluation task corpus: no score of a single item among its metrics: bleu"):
         asked.answers(model, ["corpus"])
+    with pytest.raises(FoLoRAError, match=r"humaneval: runs code .*: evaluation\.run_generated_code: true lets it"):
+        asked.answers(model, ["humaneval"])
 
 
 def own(folder: Path, name: str, rows: list[dict[str, Any]], **spec: Any) -> None:

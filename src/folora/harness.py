@@ -122,6 +122,9 @@ class Harness:
         if path.is_file():
             tasks = self._load_own(path)
         elif name in known_tasks().all_tasks:
+            about = known_tasks().task_index[name].cfg or {}
+            if about.get("unsafe_code") and not self._settings.run_generated_code:
+                raise _must_not_run(name)  # before its data are fetched
             tasks = self._load_from(known_tasks(), name, name)
         else:
             own = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
