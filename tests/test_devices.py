@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from folora import devices
-from folora.devices import VISIBLE, take_device
+from folora.devices import VISIBLE, take_devices
+from folora.errors import FoLoRAError
 from folora.hold import hold
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
-def taken(held: ExitStack) -> str | None:
-    """The device that another stage gets, its environment being that of its runner."""
-    take_device(held)
+def taken(held: ExitStack, count: int = 1) -> str | None:
+    """The devices that another stage gets, its environment being that of its runner."""
+    take_devices(held, count)
     return os.environ.pop(VISIBLE, None)
 
 
@@ -68,7 +69,7 @@ def test_who_comes_when_all_are_taken_waits_for_one(
     monkeypatch.setattr(devices.time, "sleep", nap)
     assert taken(held) == "1"
     assert naps == [devices.POLL] * 2
-    assert capsys.readouterr().err == "folora: all GPUs are at work (0, 1): waiting for one\n"
+    assert capsys.readouterr().err == "folora: GPUs are at work (0, 1): waiting for 1\n"
 
 
 def test_those_that_somebody_chose_are_the_ones_there_are(
@@ -89,6 +90,30 @@ def test_one_that_somebody_chose_may_be_shared(
         for _ in range(2):
             monkeypatch.setenv(VISIBLE, chosen)
             assert taken(held) == chosen
+
+
+def test_a_spread_model_takes_all_of_its_devices_or_waits_without_any(
+    machine: Callable[[int], None], held: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(3)
+    other = ExitStack()
+    assert [taken(held), taken(other)] == ["0", "1"]
+    third: list[str | None] = []
+
+    def nap(_seconds: float) -> None:
+        with ExitStack() as passing:
+            third.append(taken(passing))
+        other.close()
+
+    monkeypatch.setattr(devices.time, "sleep", nap)
+    assert taken(held, 2) == "1,2"
+    assert third == ["2"]
+
+
+def test_more_gpus_than_there_are_are_not_waited_for(machine: Callable[[int], None], held: ExitStack) -> None:
+    machine(3)
+    with pytest.raises(FoLoRAError, match="FOLORA_MAX_MEMORY: names 4 GPUs, there are 3: name those"):
+        taken(held, 4)
 
 
 def test_without_gpus_nothing_is_taken(machine: Callable[[int], None], held: ExitStack) -> None:

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from folora.dag import Stage, _overlaps, below, resolve_stages
 from folora.params import load_params
+from folora.spread import MAX_MEMORY
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "workflow" / "presets").glob("*.yaml"))
@@ -52,15 +53,21 @@ def test_a_stage_has_the_threads_of_its_command(stages: dict[str, Stage]) -> Non
         assert stage.threads == (int(said.group(1)) if said else 1), stage.name
 
 
-def test_a_stage_asks_for_a_gpu_where_the_model_is_loaded_on_one(stages: dict[str, Stage], tmp_path: Path) -> None:
+def test_a_stage_asks_for_the_gpus_that_the_model_is_loaded_on(
+    stages: dict[str, Stage], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not any(stage.gpus for stage in stages.values())
     for name in ("dvc.yaml", "workflow/presets/llama-3-8b.yaml"):
         shutil.copy(ROOT / name, tmp_path / name.rpartition("/")[2].replace("llama-3-8b", "params"))
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
     with contextlib.chdir(tmp_path):
-        asking = {name.partition("@")[0] for name, stage in resolve_stages(Path()).items() if stage.gpus}
+        asking = {name.partition("@")[0]: stage.gpus for name, stage in resolve_stages(Path()).items()}
+        monkeypatch.setenv(MAX_MEMORY, "0=70GB,1=70GB,cpu=200GB")
+        spread = {name.partition("@")[0]: stage.gpus for name, stage in resolve_stages(Path()).items()}
     running = {name.partition("@")[0] for name, stage in stages.items() if "--foundation" in stage.command}
-    assert asking == running - {"task", "spectrum"} | {"foundation"}  # a foundation is pinned where its device is
+    running = running - {"task", "spectrum"} | {"foundation"}  # a foundation is pinned where its device is
+    assert asking == {name: int(name in running) for name in asking}
+    assert spread == asking | dict.fromkeys(running - {"foundation", "train"}, 2)
 
 
 def test_rule_names_are_distinct_identifiers(stages: dict[str, Stage]) -> None:
@@ -88,7 +95,7 @@ def test_every_source_file_is_a_dependency_of_a_stage() -> None:
         "hub",
         "library",
     }
-    wiring |= {"loading", "params", "presets", "processes", "records", "scratch", "storage", "tracking"}
+    wiring |= {"loading", "params", "presets", "processes", "records", "scratch", "spread", "storage", "tracking"}
     modules = {f"src/folora/{path.name}" for path in (ROOT / "src/folora").glob("*.py") if path.stem not in wiring}
     assert modules <= listed
     assert all((ROOT / path).exists() for path in listed)

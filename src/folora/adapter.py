@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from folora.deltas import DenseLayer, Layer, LayerGroup, LoRALayer, grouped
 from folora.errors import FoLoRAError
+from folora.spread import MAX_MEMORY, materialise_adapter
 from folora.storage import read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -306,11 +308,17 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Pre
             held = getattr(modules.get(name), "weight", None)
             if held is None or held.shape != weight.shape:
                 raise FoLoRAError(f"{checkpoint}: the model has no {name} of that shape: train its run again")
+            if held.is_meta:
+                raise FoLoRAError(f"{MAX_MEMORY}: {checkpoint} holds whole weights: unset it, or give more memory")
             held.data = weight.to(held.device, held.dtype)
         return model
     try:
         if not isinstance(model, PeftModel):
-            return PeftModel.from_pretrained(model, checkpoint).eval()
+            with warnings.catch_warnings():  # PEFT fills factors that have no memory yet, see materialise_adapter
+                warnings.filterwarnings("ignore", message=".* to a meta parameter")
+                model = PeftModel.from_pretrained(model, checkpoint).eval()
+            if not materialise_adapter(model):
+                return model
         set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))
     except (SafetensorError, OSError, ValueError) as error:
         raise FoLoRAError(

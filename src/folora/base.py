@@ -81,6 +81,20 @@ class Base:
         """
         return load_tokenizer(self.folder, self.loading)
 
+    def load_for_inference(self) -> PreTrainedModel:
+        """The same, spread over devices where the environment says so; weights may then lie elsewhere than in memory.
+
+        Raises:
+            FoLoRAError: the device is not to be had, or the model cannot be spread.
+        """
+        from folora.spread import load_spread, memory_limits
+
+        limits = memory_limits(self.loading.device)
+        if limits is None:
+            return self.load_model()
+        check_device(self.loading.device)
+        return load_spread(self.folder, self.loading, limits)
+
     def load_model(self, *, sharded: bool = False) -> PreTrainedModel:
         """Load the weights, ready for evaluation, every linear layer as ``torch.nn.Linear``.
 

@@ -73,7 +73,9 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     logger.setLevel(logging.DEBUG if debug else logging.NOTSET)
 
 
-def _prepare(path: Path, output: Path, threads: int | None = None, *, model: bool = True) -> Params:
+def _prepare(
+    path: Path, output: Path, threads: int | None = None, *, model: bool = True, spread: bool = True
+) -> Params:
     """Load the parameters, hold the output, and fix what would change the last bits.
 
     Args:
@@ -81,9 +83,11 @@ def _prepare(path: Path, output: Path, threads: int | None = None, *, model: boo
         output: what the stage writes.
         threads: for torch; None: the stage does not compute with it.
         model: whether a stage with threads runs the model, on a GPU where the parameters say so.
+        spread: whether the model may lie on several.
     """
-    from folora.devices import take_device
+    from folora.devices import take_devices
     from folora.params import PretrainedFoundation, load_params
+    from folora.spread import gpu_count
     from folora.storage import CONDITIONS, check_writable
 
     params = load_params(path)
@@ -97,9 +101,9 @@ def _prepare(path: Path, output: Path, threads: int | None = None, *, model: boo
         CONDITIONS["threads"] = threads
         torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: 1.4 s
         foundation = params.foundation
-        on_gpu = isinstance(foundation, PretrainedFoundation) and foundation.loading.device == "cuda"
-        if model and on_gpu and processes.count() == 1:  # several of one training have theirs from their launcher
-            take_device(HELD)
+        device = foundation.loading.device if isinstance(foundation, PretrainedFoundation) else "cpu"
+        if model and processes.count() == 1:  # several of one training have theirs from their launcher
+            take_devices(HELD, gpu_count(device) if spread else min(1, gpu_count(device)))
     return params
 
 
@@ -236,7 +240,7 @@ def train(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> float | None:
     """Train the adapter of one run."""
-    params = _prepare(params_file, output, threads)
+    params = _prepare(params_file, output, threads, spread=False)
     _entry(params.runs, run, "runs")
     from folora.train import TrainInputs, train_run
 
@@ -330,6 +334,7 @@ def main() -> None:
     handler.setFormatter(Redacting("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # and this of weights that lie where they were asked to
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files

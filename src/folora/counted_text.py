@@ -61,7 +61,7 @@ class CountedText:
             layers: of the model.
             sums: where unfinished work is kept, and taken up.
         """
-        with collect(layers) as collector:
+        with collect(layers, model.device) as collector:
             begun = sums.take_up(collector.moments) if sums else 0
             made = tqdm(self._batches(model.device), "covariance", self.batch_count)
             for number, (input_ids, mask, counted) in enumerate(made):

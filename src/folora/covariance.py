@@ -64,7 +64,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     tokens = text.tokens
     if not tokens:
         raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
-    model = base.load_model()
+    model = base.load_for_inference()
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([token_ids[0]], device=model.device))
     passes = split_passes({leader: layers[leader].in_features for leader in groups}, settings.memory_budget)

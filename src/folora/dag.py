@@ -21,6 +21,7 @@ from ruamel.yaml import YAML
 
 from folora.errors import FoLoRAError
 from folora.params import flatten
+from folora.spread import gpu_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,7 +96,8 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
             raise FoLoRAError(f"{root / 'dvc.yaml'}: {error}") from error
         outputs = {stage.addressing: tuple(out.def_path for out in stage.outs) for stage in stages}
         overlapping = _overlaps([output for paths in outputs.values() for output in paths])
-        on_gpu = _device(root / "params.yaml") == "cuda"
+        device = _device(root / "params.yaml")
+        gpus = {"spread": gpu_count(device), 1: min(1, gpu_count(device)), None: 0}
         resolved = {}
         for stage in stages:
             paths = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
@@ -109,7 +111,7 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
                 threads=int(stage.meta["threads"]),
                 mem_mb=int(stage.meta["mem_mb"]),
                 runtime=int(stage.meta["runtime"]),
-                gpus=int(stage.meta.get("gpus", 0)) if on_gpu else 0,
+                gpus=gpus[stage.meta.get("gpus")],
             )
         return resolved
 
@@ -200,9 +202,9 @@ def below(stages: dict[str, Stage], names: set[str]) -> set[str]:
         found = grown
 
 
-def _device(params: Path) -> str | None:
-    """Where the parameters load the model; None for the offline foundation, which knows the CPU only."""
-    return flatten(YAML(typ="safe").load(params)).get("foundation.loading.device")
+def _device(params: Path) -> str:
+    """Where the parameters load the model; the offline foundation knows the CPU only."""
+    return str(flatten(YAML(typ="safe").load(params)).get("foundation.loading.device", "cpu"))
 
 
 def _overlaps(outputs: list[str]) -> Callable[[str], list[str]]:

@@ -1,4 +1,4 @@
-"""GPUs of this machine: stages that run side by side take one each, and wait where all are taken."""
+"""GPUs of this machine: stages that run side by side take their own, and wait where they are taken."""
 
 from __future__ import annotations
 
@@ -6,40 +6,49 @@ import os
 import socket
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from folora.errors import FoLoRAError
 from folora.hold import HeldError, hold
-
-if TYPE_CHECKING:
-    from contextlib import ExitStack
+from folora.spread import MAX_MEMORY
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL = 5.0  # seconds between two looks for a free device
 
 
-def take_device(held: ExitStack) -> None:
-    """Hold one of the visible GPUs until ``held`` closes, and let CUDA, which has not started yet, see no other.
+def take_devices(held: ExitStack, count: int) -> None:
+    """Hold so many of the visible GPUs until ``held`` closes, and let CUDA, which has not started yet, see no others.
 
-    Nothing is taken where there is none, or where somebody (Slurm, the user) has chosen one already: several stages may
-    share that one.
+    Nothing is taken where there is none, or where somebody (Slurm, the user) has chosen as few already: several stages
+    may share those.
+
+    Raises:
+        FoLoRAError: there are some, but fewer.
     """
+    if not count:
+        return
     chosen = os.environ.get(VISIBLE)
     devices = _devices() if chosen is None else [device for device in chosen.split(",") if device]
-    if not devices or (chosen is not None and len(devices) == 1):
+    if not devices or (chosen is not None and len(devices) == count):
         return
+    if len(devices) < count:
+        raise FoLoRAError(f"{MAX_MEMORY}: names {count} GPUs, there are {len(devices)}: name those that there are")
     told = False
     while True:
-        for device in devices:
-            try:
-                # by machine: nodes of a cluster share the folder in which holds lie
-                held.enter_context(hold(Path(f"GPU {device} of {socket.gethostname()}")))
-            except HeldError:
-                continue
-            os.environ[VISIBLE] = device
-            return
+        with ExitStack() as free:  # all of them or none, so that two stages never wait for each other
+            taken: list[str] = []
+            for device in devices:
+                with suppress(HeldError):
+                    # by machine: nodes of a cluster share the folder in which holds lie
+                    free.enter_context(hold(Path(f"GPU {device} of {socket.gethostname()}")))
+                    taken.append(device)
+                if len(taken) == count:
+                    held.enter_context(free.pop_all())
+                    os.environ[VISIBLE] = ",".join(taken)
+                    return
         if not told:
-            print(f"folora: all GPUs are at work ({', '.join(devices)}): waiting for one", file=sys.stderr)
+            print(f"folora: GPUs are at work ({', '.join(devices)}): waiting for {count}", file=sys.stderr)
             told = True
         time.sleep(POLL)
 

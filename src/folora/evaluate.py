@@ -76,7 +76,7 @@ class Evaluator:
         self._harness = Harness(tasks, params.evaluation, tokenizer)
         for name in params.evaluation_tasks() if asked is None else asked:
             self._harness.tasks(name)
-        self.model: PreTrainedModel | PeftModel = base.load_model()
+        self.model: PreTrainedModel | PeftModel = base.load_for_inference()
         self._texts = Texts(params, base, self.model, tokenizer, tasks, heldout)
 
     def load(self, checkpoint: Path) -> None:

@@ -61,8 +61,8 @@ class Moments:
 class Collector:
     """Accumulates moments while a model runs; see ``collect``. Until ``finish`` the sums lack their upper half."""
 
-    def __init__(self, layers: dict[str, nn.Linear]) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=next(iter(layers.values())).weight.device)
+    def __init__(self, layers: dict[str, nn.Linear], device: torch.device) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         widths = [layer.in_features for layer in layers.values()]
         # one block of memory, which the allocator gives back whole; of many it would keep some for the next pass
         blocks = zero.new_zeros(sum(d * d for d in widths)).split([d * d for d in widths])
@@ -70,6 +70,7 @@ class Collector:
             sums={name: block.view(d, d) for name, block, d in zip(layers, blocks, widths, strict=True)},
             fourths={name: zero.clone() for name in layers},
         )
+        self._device = device
         self._selected: Tensor | None = None
         self._all_selected = False
 
@@ -82,7 +83,7 @@ class Collector:
         """The forward pre-hook that adds one layer input to its sum."""
 
         def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach()
+            x = inputs[0].detach().to(self._device)
             assert self._selected is not None, "select(mask) comes before the forward pass"
             x = x.reshape(-1, x.shape[-1])
             if not self._all_selected:
@@ -145,8 +146,10 @@ def split_passes(widths: dict[str, int], budget: int | None) -> list[list[str]]:
 
 
 @contextmanager
-def collect(layers: dict[str, nn.Linear]) -> Iterator[Collector]:
+def collect(layers: dict[str, nn.Linear], device: torch.device | None = None) -> Iterator[Collector]:
     """Collect the second moments of the inputs of ``layers`` (one layer a group) within a ``with`` block.
+
+    The sums lie on ``device``, as what says which tokens count does; None: where the weights of the first layer lie.
 
     Example:
         >>> with torch.no_grad(), collect(layers) as collector:
@@ -154,7 +157,7 @@ def collect(layers: dict[str, nn.Linear]) -> Iterator[Collector]:
         ...         collector.select(mask)
         ...         model(input_ids=input_ids, attention_mask=mask)
     """
-    collector = Collector(layers)
+    collector = Collector(layers, device or next(iter(layers.values())).weight.device)
     with hooked(layers, collector.hook):
         yield collector
     collector.finish()

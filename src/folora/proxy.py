@@ -125,7 +125,7 @@ def _table(samples: list[Sample], seeds: list[int], tokenizer: PreTrainedTokeniz
 
 
 def _from_model(base: Base, temperature: float) -> Draw:
-    model, tokenizer = base.load_model(), base.load_tokenizer()
+    model, tokenizer = base.load_for_inference(), base.load_tokenizer()
     return lambda uniforms: sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, temperature)
 
 
@@ -207,7 +207,7 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
         if not len(running):
             break
         if len(running) < len(active):
-            cache.batch_select_indices(running)
+            cache.batch_select_indices(running.cpu())  # its layers may lie on several devices
         active, tokens = active[running], chosen[running, None]
     return samples
 
