@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from folora.errors import FoLoRAError
-from folora.harness import CodeEval, Harness
+from folora.evaluation_tasks import CodeEval
+from folora.harness import Harness
 
 if TYPE_CHECKING:
     from pathlib import Path
