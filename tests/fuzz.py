@@ -323,10 +323,11 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     from folora.records import read_record
     from folora.report import inputs
     from folora.resume import SEAL_FILE, last_state, seal
+    from folora.rows import read_rows, render
     from folora.serving import usage_of
     from folora.spectrum import read_spectrum
     from folora.storage import check_manifest, read_json, read_table, read_tensors
-    from folora.task import chat_segments, read_rows, render
+    from folora.task import chat_segments
     from folora.train import TrainInputs, read_task_rows, run_manifest
 
     base, params, loading = made.base, made.params, made.base.loading

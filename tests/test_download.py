@@ -16,8 +16,8 @@ from folora.download import download
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.params import Download
+from folora.rows import read_rows
 from folora.storage import read_json
-from folora.task import read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from folora.adapter import WEIGHTS_FILE
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, evaluate_base, evaluate_method, export_of, load_checkpoint
@@ -211,6 +212,28 @@ def test_a_base_with_too_many_predictions_is_measured_too(
     found = figures(Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout).base_drift())
     (row,) = rows(evaluations / "base" / "metrics.parquet")
     assert found == {"kl": 0, "perplexity": pytest.approx(row["perplexity"])}
+
+
+def test_changed_weights_are_measured_where_the_base_is_computed_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    for step in (1, 2):
+        weight = pipeline.base.load_model().get_submodule(name).weight.detach() * (1 + step)
+        write_tensors(tmp_path / str(step) / WEIGHTS_FILE, {name: weight}, {"artefact": "weights"})
+
+    def measured() -> list[dict[str, float]]:
+        evaluator = Evaluator(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout)
+        found = []
+        for step in (1, 2):
+            evaluator.load(tmp_path / str(step))
+            found.append(figures(evaluator.drift()))
+        return found
+
+    kept = measured()
+    monkeypatch.setattr("folora.divergence.KEPT_BYTES", 0)
+    assert measured() == kept
+    assert 0 < kept[0]["kl"] < kept[1]["kl"]
 
 
 def test_heldout_text_of_another_model_is_refused(pipeline: Pipeline) -> None:

@@ -38,6 +38,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "doc_to_target": "label",
         "metric_list": [{"metric": "acc"}],
     },
+    "normed": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{ choices + ['3+8>11+2>13'] }}",
+        "doc_to_target": "label",
+        "target_delimiter": " ",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
     "filtered": {
         "output_type": "generate_until",
         "doc_to_target": "right",
@@ -91,6 +98,19 @@ def test_likelihood_is_the_mean_probability_of_a_token(pipeline: Pipeline, folde
         total, tokens = log_likelihood(item["prompt"], item["right"])
         assert answer["score"] == pytest.approx(float(torch.tensor(total / tokens).exp()), rel=1e-4)
         assert (answer["prompt"], answer["expected"]) == (item["prompt"], item["right"])
+
+
+def test_a_choice_scored_by_its_length_is_the_answer(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["normed"])
+    likeliest = []
+    for answer, item in zip(answers, ITEMS, strict=True):
+        choices = {
+            choice: log_likelihood(item["prompt"], f" {choice}")[0] for choice in [*item["choices"], "3+8>11+2>13"]
+        }
+        assert answer["answer"] == max(choices, key=lambda choice: choices[choice] / len(choice))
+        assert answer["score"] == float(answer["answer"] == answer["expected"])
+        likeliest.append(max(choices, key=lambda choice: choices[choice]))
+    assert [answer["answer"] for answer in answers] != likeliest
 
 
 def test_the_likeliest_choice_is_the_answer(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:

@@ -10,13 +10,15 @@ import pytest
 from scipy.stats import binomtest
 
 from folora import significance
-from folora.comparison import Comparison, Record, compare
+from folora.comparison import Comparison, compare
 from folora.frontier import Curve
 from folora.paired import BASE_CHECKPOINT, Pairing
 from folora.significance import SEED, holm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from folora.selection import Record
 
 ITEMS = {"sub": 40, "add": 30, "max": 50}
 TASKS = {"target": ["sub"], "kept": ["add", "max"]}

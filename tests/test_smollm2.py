@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from folora.harness import Harness
 from folora.params import load_params
-from folora.task import read_rows, render
+from folora.rows import read_rows, render
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -15,8 +15,9 @@ from folora.base import digests, open_base
 from folora.download import download
 from folora.errors import FoLoRAError
 from folora.params import Download, Task
+from folora.rows import read_rows
 from folora.storage import read_json, read_table, write_json
-from folora.task import TokenRow, packed, prepare_task, read_rows
+from folora.task import TokenRow, packed, prepare_task
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,11 +18,11 @@ from services import BUCKET, Server, missing_postgres, postgres
 
 import folora.tracking
 from folora.commands.publish import publish_runs
-from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.evaluate import evaluate_method
 from folora.params import Tracking
 from folora.records import Card, card_of, read_record, source_tags
+from folora.selection import BASE
 from folora.spectrum import read_spectrum
 from folora.storage import digest_of_file, read_json, read_table
 from folora.tracking import DIGEST_TAG, NOTE_TAG, run_log

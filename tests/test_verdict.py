@@ -76,6 +76,12 @@ def test_verdict(gains: dict[str, tuple[float, float]], kl_ratio: float | None, 
     assert verdict(study(gains, kl_ratio)) == expected
 
 
+def test_a_subject_that_lacks_a_seed_is_the_one_that_is_named() -> None:
+    made = study({})
+    made.comparison.complete.remove("folora")
+    assert verdict(made) == "folora cannot be compared: it lacks some of the seeds of lora."
+
+
 @pytest.mark.parametrize(
     ("kinds", "expected"),
     [

@@ -1,18 +1,18 @@
 """The comparison of methods, from the metrics of every checkpoint: plain values, no files.
 
-A method's learning rate is chosen on the validation split of the target task, at the last checkpoint, averaged over
-seeds; a tie goes to the smaller rate. Everything reported comes from the test split.
+Everything reported comes from the test split.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from folora.frontier import Curve, hypervolume
+from folora.selection import Record, best_finals
 from folora.significance import t_half_width
 
 if TYPE_CHECKING:
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-Record = dict[str, Any]
 Checkpoint = tuple[str, int]  # run and step
-BASE = "base"  # the base model, where methods are named
 FIGURES = ("target", "validation", "kept", "kl", "perplexity")
 SPREAD = ("target", "kept", "kl")  # figures with an interval over seeds
 
@@ -157,29 +155,6 @@ def seed_curve(base: Record, records: list[Record], seed: int) -> Curve:
     """The base model and all checkpoints of one seed of a method."""
     chosen = [base, *(record for record in records if record["seed"] == seed)]
     return Curve(*(np.array([record[name] for record in chosen]) for name in ("target", "kept", "kl")))
-
-
-def best_finals(records: list[Record]) -> dict[int, Record]:
-    """The last checkpoints of a method at its best learning rate, by seed."""
-    rate = best_rate(records)
-    return {record["seed"]: record for record in last_checkpoints(records) if record["learning_rate"] == rate}
-
-
-def last_checkpoints(records: list[Record]) -> list[Record]:
-    """The last checkpoint of every run."""
-    last: dict[str, Record] = {}
-    for record in records:
-        if record["run"] not in last or record["step"] > last[record["run"]]["step"]:
-            last[record["run"]] = record
-    return list(last.values())
-
-
-def best_rate(records: list[Record]) -> float:
-    """The learning rate with the best mean validation accuracy at the last checkpoint; a tie goes to the smaller."""
-    by_rate: dict[float, list[float]] = {}
-    for record in last_checkpoints(records):
-        by_rate.setdefault(record["learning_rate"], []).append(record["validation"])
-    return min(by_rate, key=lambda rate: (-fmean(by_rate[rate]), rate))
 
 
 def mean_figures(records: list[Record]) -> dict[str, float]:

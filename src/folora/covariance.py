@@ -12,7 +12,7 @@ from folora.errors import FoLoRAError
 from folora.health import PRODUCTS, TokenCount
 from folora.layers import Groups, adapted_layers, input_groups
 from folora.moments import FOURTH, Moments, split_passes
-from folora.proxy import PROXY_COLUMNS
+from folora.rows import PROXY_COLUMNS, masked_rows
 from folora.scratch import scratch
 from folora.storage import (
     TensorFiles,
@@ -23,7 +23,6 @@ from folora.storage import (
     with_columns,
     write_tensors,
 )
-from folora.task import masked_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -88,9 +88,6 @@ class HeldOutText:
             model: the adapted model.
             base_logits: the base model's logits of a batch, (batch, length, vocabulary); None: those of ``model``
                 without its adapter, which then must not have edited the base weights.
-
-        Raises:
-            FoLoRAError: the base's predictions are too many to keep, and the model has no adapter to take off.
         """
         found = TokenDivergence([], [])
         base_logits = base_logits or partial(without_adapter, model)
@@ -121,13 +118,7 @@ def next_token(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def without_adapter(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits of a PEFT model's base.
-
-    Raises:
-        FoLoRAError: the model has no adapter.
-    """
-    if not hasattr(model, "disable_adapter"):
-        raise FoLoRAError("proxy.heldout_sequences: too many for a method that changes whole weights: lower it")
+    """Logits of a PEFT model's base."""
     with model.disable_adapter():
         logits: Tensor = model(**batch, use_cache=False).logits
     return logits

@@ -10,19 +10,20 @@ Scores come from the lm-evaluation-harness; KL to the base and perplexity from t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from tqdm import tqdm
 
 from folora.adapter import WEIGHTS_FILE, load_checkpoint
-from folora.comparison import BASE, best_finals
+from folora.adapter_config import read_adapter_config
 from folora.errors import FoLoRAError
 from folora.harness import Harness
 from folora.params import run_params
 from folora.records import base_records, read_manifest, read_record, source_tags
 from folora.scratch import kept, scratch
-from folora.serving import read_adapter_config
+from folora.selection import BASE, best_finals
 from folora.storage import (
     ANSWERS_FILE,
     METRICS_FILE,
@@ -39,9 +40,11 @@ from folora.texts import Readings, Texts, figures, token_records
 from folora.tracking import sending
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from folora.base import Base
@@ -78,6 +81,8 @@ class Evaluator:
             self._harness.tasks(name)
         self.model: PreTrainedModel | PeftModel = base.load_for_inference()
         self._texts = Texts(params, base, self.model, tokenizer, tasks, heldout)
+        # no copy: a checkpoint of whole weights puts others in their place
+        self._base_weights = {one: one.data for one in self.model.parameters()}
 
     def load(self, checkpoint: Path) -> None:
         """Put a checkpoint on the base model, in place of the one before."""
@@ -85,11 +90,23 @@ class Evaluator:
 
     def drift(self) -> Readings:
         """KL to the base and loss at every token of every text."""
-        return self._texts.read(self.model)
+        return self._texts.read(self.model, None if hasattr(self.model, "disable_adapter") else self._base_logits)
 
     def base_drift(self) -> Readings:
         """The same of the base model itself, before anything is loaded on it."""
-        return self._texts.read(self.model, lambda batch: self.model(**batch, use_cache=False).logits)
+        return self._texts.read(self.model, self._base_logits)
+
+    def _base_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits of the base model, where a checkpoint has changed whole weights."""
+        changed = {one: one.data for one in self._base_weights}
+        try:
+            for one, weight in self._base_weights.items():
+                one.data = weight
+            logits: Tensor = self.model(**batch, use_cache=False).logits
+        finally:
+            for one, weight in changed.items():
+                one.data = weight
+        return logits
 
     def answers(self, task_names: list[str]) -> list[Record]:
         """Ask every item of the named tasks; see ``Harness.answers``."""
@@ -157,15 +174,26 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
     """Measure the base model on the tasks of every adaptation, and show it in MLflow beside the runs."""
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
-    readings = evaluator.base_drift()
-    results.drifted({"run": BASE, "step": 0}, token_records(readings))
-    for name, task in params.tasks.items():
-        key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
-        answered = evaluator.answers([*evaluator.tasks_of(task), *params.evaluation.at_best])
-        results.answered(key, answered)
-        at_best = best_scores(answered, params.evaluation.at_best)
-        results.metrics.append({**key, **scores(answered, task, params), **at_best, **figures(readings)})
-    results.write(output, {}, evaluator.about)
+
+    def drift() -> Record:
+        readings = evaluator.base_drift()
+        return {"drift": figures(readings), "tokens": token_records(readings)}
+
+    with scratch(**base.identity, **_measured_with(params, tasks, heldout)) as unfinished:
+        drifted = kept(unfinished / "drift.json", drift)
+        results.drifted({"run": BASE, "step": 0}, drifted["tokens"])
+        known: dict[str, list[Record]] = {}  # answers by task, each of which is asked once
+        for name, task in params.tasks.items():
+            asked = [*evaluator.tasks_of(task), *params.evaluation.at_best]
+            new = [one for one in asked if one not in known]
+            for answer in kept(unfinished / f"{name}.json", partial(evaluator.answers, new)):
+                known.setdefault(answer["task"], []).append(answer)
+            answered = [answer for one in asked for answer in known[one]]
+            key = {"run": BASE, "method": BASE, "adaptation": name, "learning_rate": 0.0, "seed": 0, "step": 0}
+            results.answered(key, answered)
+            at_best = best_scores(answered, params.evaluation.at_best)
+            results.metrics.append({**key, **scores(answered, task, params), **at_best, **drifted["drift"]})
+        results.write(output, {}, evaluator.about)
     with sending(params.tracking) as sender:
         for record in base_records(output / METRICS_FILE, source_tags(params)):
             sender.send(record)
@@ -186,12 +214,7 @@ def evaluate_method(
         digests[name] = identity_of(manifest)
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
-    with scratch(
-        runs=digests,
-        tasks=digest_of_folder(tasks),
-        heldout=digest_of_file(heldout),
-        params=params.model_dump(mode="json", include={"tasks", "evaluation"}),
-    ) as unfinished:
+    with scratch(runs=digests, **_measured_with(params, tasks, heldout)) as unfinished:
         for name in tqdm(digests, "evaluate", unit="run", disable=None):
             _measure(evaluator, params, name, runs / name, results, unfinished)
         if params.evaluation.at_best:
@@ -202,6 +225,15 @@ def evaluate_method(
         for name in digests:
             own = [record for record in results.metrics if record["run"] == name]
             sender.send(read_record(runs / name, own, source))
+
+
+def _measured_with(params: Params, tasks: Path, heldout: Path) -> Record:
+    """What a measurement depends on, beside the model that is measured."""
+    return {
+        "tasks": digest_of_folder(tasks),
+        "heldout": digest_of_file(heldout),
+        "params": params.model_dump(mode="json", include={"tasks", "evaluation"}),
+    }
 
 
 def _measure(evaluator: Evaluator, params: Params, name: str, folder: Path, results: Results, unfinished: Path) -> None:

@@ -101,7 +101,10 @@ class Harness:
             return {"prompt": prompt, "expected": expected, "answer": f"{score:.3f}", "score": score}
         if task.OUTPUT_TYPE == "multiple_choice":
             choices = [argument[1].strip() for argument in arguments]
-            best = max(range(len(replies)), key=lambda i: replies[i][0])
+            # as the metric that scores it: acc_norm takes the likelihood of a character
+            by_length = "acc_norm" in sample["metrics"]
+            lengths = [len(choice) if by_length else 1 for choice in task.doc_to_choice(sample["doc"])]
+            best = max(range(len(replies)), key=lambda i: replies[i][0] / lengths[i % len(lengths)])
             expected, answer = (
                 (choices[target] if isinstance(target, int) else str(target)),
                 choices[best % len(choices)],

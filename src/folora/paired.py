@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from folora.comparison import BASE, matched
+from folora.comparison import matched
 from folora.frontier import Curve
+from folora.selection import BASE
 from folora.significance import (
     SEED,
     bootstrap_p,
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folora.comparison import Checkpoint, Comparison, Record
+    from folora.comparison import Checkpoint, Comparison
+    from folora.selection import Record
 
     Array = NDArray[np.float64]
     Answers = Mapping[Checkpoint, Mapping[str, Array]]

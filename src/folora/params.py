@@ -295,7 +295,6 @@ class Threads(Section):
     """Torch threads of each stage. A part of the result: another count changes the last bits."""
 
     foundation: ThreadCount
-    task: ThreadCount
     proxy: ThreadCount
     covariance: ThreadCount
     spectrum: ThreadCount
@@ -386,7 +385,6 @@ def run_params(params: Params, name: str) -> dict[str, Any]:
         "covariance": params.covariance.model_dump(
             include={"batch_size", "task_positions", "task_rows"}
         ),  # moments taken again
-        "evaluation": params.evaluation.model_dump(include={"batch_size"}),  # of the forgetting meter, and a budget
         "threads": params.threads.train,
     }
 

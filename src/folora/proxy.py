@@ -21,9 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folora.params import CorpusSource, SampledSource
+from folora.rows import HELDOUT, read_rows, render
 from folora.scratch import kept, scratch
 from folora.storage import digest_of_folder, write_table
-from folora.task import read_rows, render
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.params import Proxy
 
-PROXY_COLUMNS = {"token_ids": "[int32]"}  # that readers of proxy text use
 SHORTEST_LOOP = 16  # tokens
-HELDOUT = "heldout"  # stands for the shard in the manifest and in the seeds
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from folora.comparison import BASE
 from folora.git import git
 from folora.params import flatten
 from folora.presets import preset_of
+from folora.selection import BASE
 from folora.storage import (
     MANIFEST_FILE,
     Manifest,

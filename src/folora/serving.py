@@ -4,38 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from textwrap import indent
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from folora.storage import fields_of, read_json, require
+from folora.adapter_config import PEFT_CONFIG, read_adapter_config
+from folora.storage import require
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-PEFT_CONFIG = "adapter_config.json"
 TRANSFORMERS = "from transformers import AutoModelForCausalLM"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
-
-
-class AdapterConfig(BaseModel):
-    """The fields of PEFT's configuration of an adapter that are used here."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
-
-    r: Annotated[int, Field(ge=1)]
-    use_dora: bool = False
-    base_model_name_or_path: str | None = None
-
-
-def read_adapter_config(adapter: Path) -> AdapterConfig:
-    """Read the configuration of a LoRA adapter.
-
-    Raises:
-        FoLoRAError: it is missing or damaged.
-    """
-    path = adapter / PEFT_CONFIG
-    return fields_of(path, AdapterConfig, read_json(path))
 
 
 @dataclass(frozen=True)

@@ -5,36 +5,27 @@ A row becomes segments of text, each learned or not: a prompt and a response, or
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.hub import full_cache
-from folora.storage import with_columns, write_table
+from folora.rows import TEMPLATE_ERRORS, read_rows, render
+from folora.storage import write_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
     from folora.base import Base
     from folora.params import Task
 
-FORMATS = (".jsonl", ".csv", ".parquet")
 Segments = list[tuple[str, bool]]  # text, and whether it is learned
 ASSISTANT = "assistant"
-DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
-# what the libraries raise of a file that is damaged, beside their own errors
-ROW_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
-# what a template may raise beside jinja2's own errors, whatever it computes
-TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 
 @dataclass
@@ -85,108 +76,6 @@ def prepare_task(settings: Task, base: Base, output: Path) -> None:
     )
     about = {"artefact": "task", **base.identity, "task": settings.model_dump()}
     write_table(output, table, about | {"rows": len(made), "dropped": dropped, "cut": cut})
-
-
-def masked_rows(path: Path, table: pa.Table) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of every row of the stage's table, and which of them are learned; ``path`` names it in errors.
-
-    Raises:
-        FoLoRAError: a column is missing, of another type or of other lengths.
-    """
-    table = with_columns(path, table, {"input_ids": "[int32]", "loss_mask": "[bool]"})
-    rows = list(zip(table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), strict=True))
-    if any(len(ids) != len(mask) for ids, mask in rows):
-        raise FoLoRAError(f"{path}: a row has other tokens than marks of what is learned: run the task stage again")
-    return rows
-
-
-def read_rows(dataset: str, key: str) -> Dataset:
-    """The training rows of a local data set.
-
-    Args:
-        dataset: a JSONL, CSV or Parquet file, or a folder with a ``train`` file of such a format.
-        key: what names it in params.yaml, for errors.
-
-    Raises:
-        FoLoRAError: nothing is there, there are no rows, or the disk of the library's cache is full.
-    """
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowException
-
-    path = Path(dataset)
-    if path.is_dir():
-        path = next((path / f"train{suffix}" for suffix in FORMATS if (path / f"train{suffix}").exists()), path)
-    if path.suffix not in FORMATS or not path.is_file():
-        raise FoLoRAError(
-            f"{dataset}: no data set here: {key} is a .jsonl, .csv or .parquet file, or a folder with a "
-            "train file of such a format"
-        )
-    if path.stat().st_size == 0:
-        raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
-    try:
-        rows = _load(path)
-    except (DatasetGenerationError, ArrowException, csv.Error, *ROW_ERRORS) as error:
-        if full := full_cache(error):
-            raise FoLoRAError(full) from error
-        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
-        raise FoLoRAError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
-    if not len(rows):
-        raise FoLoRAError(f"{path}: the data set is empty: at least one row is needed")
-    return rows
-
-
-def _load(path: Path) -> Dataset:
-    """Read a file so that text stays text: the library's own readers make numbers of "007" and dates of dates."""
-    from datasets import Dataset, load_dataset
-
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=str(path), split="train")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
-    if not all(isinstance(row, dict) and None not in row for row in rows):
-        raise ValueError("a line is no table of columns, or has more than the first line names")
-    if max(map(_depth, rows), default=0) > DEEPEST:
-        raise ValueError(f"a value is nested more than {DEEPEST} deep")
-    return Dataset.from_list(rows)
-
-
-def _depth(value: Any) -> int:
-    """How deep a JSON value is nested: 0 of a number."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    return 1 + max(map(_depth, value), default=0) if isinstance(value, list) else 0
-
-
-def render(rows: Dataset, templates: list[str], source: str) -> list[list[str]]:
-    """The text of every template for every row; ``source`` names the data set in errors.
-
-    Raises:
-        FoLoRAError: a template is not valid, or a row lacks a value for it.
-    """
-    from jinja2 import StrictUndefined, TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        undefined=StrictUndefined, finalize=_refuse_missing, keep_trailing_newline=True
-    )
-    number = 0
-    try:
-        compiled = [environment.from_string(template) for template in templates]
-        rendered = []
-        for number, row in enumerate(rows):  # noqa: B007 - the error names it
-            rendered.append([template.render(row) for template in compiled])
-    except (TemplateError, *TEMPLATE_ERRORS) as error:
-        columns = ", ".join(rows.column_names)
-        raise FoLoRAError(
-            f"{source}, row {number}: {error}: mend the template in params.yaml; the columns are {columns}"
-        ) from error
-    return rendered
-
-
-def _refuse_missing(value: Any) -> Any:
-    if value is None:
-        raise ValueError("a value is missing")
-    return value
 
 
 def texts(rows: Dataset, settings: Task, tokenizer: PreTrainedTokenizerBase) -> Iterator[Segments]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from folora.divergence import HeldOutText, TokenDivergence
-from folora.proxy import HELDOUT, PROXY_COLUMNS
+from folora.rows import HELDOUT, PROXY_COLUMNS, read_rows, render
 from folora.storage import read_table
-from folora.task import read_rows, render
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -24,10 +24,10 @@ from folora.errors import FoLoRAError
 from folora.objective import Objective
 from folora.optimizer import check_first_step
 from folora.params import run_params
-from folora.proxy import HELDOUT, PROXY_COLUMNS
 from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
 from folora.resume import CHECKPOINTS, STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
+from folora.rows import HELDOUT, PROXY_COLUMNS, masked_rows
 from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
 from folora.scratch import scratch
 from folora.spectrum import read_spectrum
@@ -41,7 +41,6 @@ from folora.storage import (
     write_json,
     write_table,
 )
-from folora.task import masked_rows
 from folora.tracking import run_log
 
 if TYPE_CHECKING:
@@ -226,7 +225,8 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs, *, shard
     covered = coverage(bare, spectrum.layers)
     # a budget holds on all of the text that the evaluation measures; without one a part of it is enough
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
-    text = HeldOutText(bare, measured, params.evaluation.batch_size, tokenizer.pad_token_id)
+    at_once = params.train.micro_batch or params.train.batch_size
+    text = HeldOutText(bare, measured, at_once, tokenizer.pad_token_id)
     task_text = _counted_text(params, task_rows, tokenizer)
     context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, task_text)
     adapted = method.adapt(bare, context)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from folora.commands import EVALUATIONS, RUNS
 from folora.commands.locks import busy
-from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import JOURNALS, journal_path
 from folora.scratch import SCRATCH
+from folora.selection import BASE
 from folora.storage import MANIFEST_FILE, abandoned, identity_of, read_json
 
 if TYPE_CHECKING:

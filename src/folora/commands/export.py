@@ -6,21 +6,22 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from folora.adapter_config import PEFT_CONFIG
 from folora.base import open_base
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import flatten
 from folora.records import read_manifest
-from folora.serving import PEFT_CONFIG, usage_of
+from folora.serving import usage_of
 from folora.storage import publish, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.base import Base
-    from folora.comparison import Record
     from folora.params import Params
+    from folora.selection import Record
 
 COMPARED = 16  # held-out rows on which a merged model is compared with base and adapter
 CLOSE = 1e-3  # logits of a merge in float32 differ by less

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.records import base_records, read_record, source_tags
+from folora.selection import BASE
 from folora.storage import MANIFEST_FILE, METRICS_FILE, identity_of, read_json, read_table
 from folora.tracking import send_all
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from folora.comparison import BASE, last_checkpoints
 from folora.errors import FoLoRAError
+from folora.selection import BASE, last_checkpoints
 from folora.storage import METRICS_FILE, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from folora.comparison import Record
     from folora.params import Params
+    from folora.selection import Record
 
 
 def base_record(task: str, evaluations: Path) -> Record:

@@ -68,7 +68,7 @@ class Method(BaseModel):
         """Set A and B in place; PEFT has already drawn A at random and set B to zero."""
 
     def update_groups(self, adapted: AdaptedModel) -> list[dict[str, Any]]:
-        """Parameter groups for ``GatedAdam``; without basis and gate they are plain AdamW's."""
+        """Parameter groups of ``optimizer``: here those of torch's AdamW, of gated methods with basis and gate."""
         return [{"params": adapted.trained}]
 
     def optimizer(self, adapted: AdaptedModel, learning_rate: float) -> torch.optim.Optimizer:

@@ -16,8 +16,8 @@ from folora.storage import publish, write_json
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from folora.comparison import Record
     from folora.params import Params
+    from folora.selection import Record
 
 PICTURES = {"frontier", "kept", "training"}  # figures that are PNG files too
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from folora.comparison import BASE
 from folora.paired import BASE_CHECKPOINT
 from folora.report.inputs import read_answers
+from folora.selection import BASE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from folora.comparison import Record
     from folora.report.study import Study
+    from folora.selection import Record
 
 
 def side_by_side(study: Study, evaluations: Path, target: str) -> list[Record]:

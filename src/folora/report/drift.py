@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from folora.comparison import BASE
 from folora.paired import BASE_CHECKPOINT
 from folora.report.inputs import read_tokens
+from folora.rows import HELDOUT
+from folora.selection import BASE
 from folora.significance import SEED, percentile_interval, resampled_accuracy, resampled_mean, resampled_seeds
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folora.comparison import Checkpoint, Comparison, Record
+    from folora.comparison import Checkpoint, Comparison
     from folora.report.inputs import Inputs, Tokens
+    from folora.selection import Record
 
     Array = NDArray[np.float64]
     Sample = Callable[[np.random.Generator], Array]  # of one checkpoint, (RESAMPLES,)
 
 FIGURES = {"kl": ("KL", 3), "perplexity": ("perplexity", 2)}  # title and digits
-HELDOUT = "heldout"  # the text that the base model wrote
 
 
 def drift_rows(comparison: Comparison, inputs: Inputs) -> list[Record]:

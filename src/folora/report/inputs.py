@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from folora.comparison import BASE
 from folora.errors import FoLoRAError
 from folora.health import SpectrumManifest
 from folora.paired import BASE_CHECKPOINT
 from folora.records import read_manifest
+from folora.selection import BASE
 from folora.storage import (
     ANSWERS_FILE,
     METRICS_FILE,
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from folora.comparison import Checkpoint, Record
+    from folora.comparison import Checkpoint
     from folora.health import HealthRecord
     from folora.paired import Answers
     from folora.params import Params
+    from folora.selection import Record
 
 
 NAMES = {"run": "string", "step": "int64"}  # of a checkpoint

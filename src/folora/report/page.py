@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from folora.comparison import BASE
+from folora.adapter_config import PEFT_CONFIG, read_adapter_config
 from folora.errors import FoLoRAError
 from folora.report import text
 from folora.report.answers import side_by_side
@@ -14,7 +14,8 @@ from folora.report.drift import at_best_cells, drift_cells
 from folora.report.figures import styled
 from folora.report.spectra import gated_method, health_alarms, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
-from folora.serving import PEFT_CONFIG, read_adapter_config, usage_of
+from folora.selection import BASE
+from folora.serving import usage_of
 from folora.significance import RESAMPLES
 from folora.storage import digest_of, require
 

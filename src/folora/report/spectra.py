@@ -10,9 +10,9 @@ from folora.health import breaches, too_few_tokens, too_many_loops
 from folora.methods.folora import FoLoRA
 
 if TYPE_CHECKING:
-    from folora.comparison import Record
     from folora.params import Params
     from folora.report.inputs import Spectrum
+    from folora.selection import Record
 
 POINTS = 60  # of each curve
 LEAST = 1e-3  # a smaller λ is drawn there: a logarithmic axis has no zero
@@ -35,8 +35,11 @@ HEALTH = {  # title to field of a pencil's health record and format
 
 
 def gated_method(params: Params) -> tuple[str, FoLoRA] | tuple[None, None]:
-    """The first method whose gates follow from the λ of the spectrum stage: kind folora, soft gate, a number as τ."""
+    """The first method whose gates follow from the λ that are drawn: kind folora, soft gate, a number as τ."""
+    drawn = next(iter(params.proxy.sources))
     for name, method in params.methods.items():
+        if drawn not in {run.proxy for run in params.runs_of(name).values()}:
+            continue
         # the control `uniform` is a FoLoRA with other gates
         if not isinstance(method, FoLoRA) or method.kind != "folora" or not isinstance(method.tau, float):
             continue

@@ -11,10 +11,11 @@ from folora.paired import Pairing
 from folora.report.drift import at_best_rows, drift_rows, kl_interval
 
 if TYPE_CHECKING:
-    from folora.comparison import Checkpoint, Comparison, Record
+    from folora.comparison import Checkpoint, Comparison
     from folora.paired import Pair
     from folora.params import Params
     from folora.report.inputs import Inputs
+    from folora.selection import Record
 
 SUBJECT_KIND = "folora"
 FEW = 4

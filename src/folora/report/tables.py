@@ -6,15 +6,16 @@ from dataclasses import asdict, fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from folora.comparison import BASE, FIGURES, SPREAD, Match, seed_curve
+from folora.comparison import FIGURES, SPREAD, Match, seed_curve
 from folora.frontier import on_frontier
 from folora.report.spectra import gated_method, spectrum_rows
+from folora.selection import BASE
 
 if TYPE_CHECKING:
-    from folora.comparison import Record
     from folora.params import Params
     from folora.report.inputs import Inputs
     from folora.report.study import Study
+    from folora.selection import Record
 
 COSTS = ("trainable", "export", "rank", "bytes")
 METRICS = ("target", "kept", "kl", "perplexity")

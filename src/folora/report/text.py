@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from folora.comparison import BASE
 from folora.errors import redacted
 from folora.report.drift import at_best_cells, drift_cells
 from folora.report.tables import arm_row, mean_rows
 from folora.report.verdict import verdict
+from folora.selection import BASE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from folora.comparison import Match, Record
+    from folora.comparison import Match
     from folora.params import Params
     from folora.report.study import Study
+    from folora.selection import Record
 
 Columns = dict[str, tuple[str, int]]  # title to key of ``arm_row`` and digits
 

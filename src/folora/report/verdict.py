@@ -20,7 +20,8 @@ def verdict(study: Study) -> str:
     matches = study.comparison.arms[subject].matches
     gains = {other: study.pairs[subject, other].gain for other in matches}
     if not gains:
-        return f"{subject} cannot be compared: no other method has the seeds of {reference}."
+        lacking = "no other method has" if subject in study.comparison.complete else "it lacks some of"
+        return f"{subject} cannot be compared: {lacking} the seeds of {reference}."
     sentences = []
     if reference in gains:
         sentences.append(_against_reference(subject, reference, matches[reference], gains.pop(reference)))
