@@ -1,7 +1,8 @@
-"""The tiny pipeline on a Slurm cluster of one node, with the profile that users start from."""
+"""The tiny pipeline on Slurm clusters of one node, with accounting and without, by the profile users start from."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
-from cluster import cluster, missing
+from cluster import ACCOUNT, cluster, missing
 from workspace import change, make_workspace, run, same_bytes, stale
 
 if TYPE_CHECKING:
@@ -24,12 +25,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 COMMAND = ("snakemake", "--profile", "profiles/slurm", "--slurm-init-seconds-before-status-checks", "1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture
+def _without_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with cluster(tmp_path_factory.mktemp("slurm")):
         yield
 
 
+@pytest.fixture(scope="module")
+def _with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if reason := missing(accounting=True):
+        pytest.skip(reason)
+    with cluster(tmp_path_factory.mktemp("slurm"), accounting=True):
+        yield
+
+
+@pytest.mark.usefixtures("_without_accounting")
 def test_a_cluster_writes_the_bytes_of_a_local_run(by_dvc: Path, tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path)
     said = run(workspace, *COMMAND)
@@ -39,24 +49,31 @@ def test_a_cluster_writes_the_bytes_of_a_local_run(by_dvc: Path, tmp_path: Path)
     assert "Nothing to be done" in run(workspace, *COMMAND)
 
 
+AS_IT_IS: dict[str, str] = {}
+AS_IT_SAYS = {"command: squeue": "command: sacct", "# - slurm_account=NAME": f"- slurm_account={ACCOUNT}"}
+
+
+@pytest.mark.usefixtures("_with_accounting")
 @pytest.mark.parametrize(
-    ("name", "stop", "status"),
+    ("name", "profile", "stop", "listed"),
     [
-        ("lora-3e-3-s0", "scancel {job}", "CANCELLED"),
-        ("folora-replay-1e-2-s0", "scontrol update JobId={job} EndTime=now", "TIMEOUT"),
+        ("lora-3e-3-s0", AS_IT_IS, "scancel {job}", "root|CANCELLED by 0"),
+        ("folora-replay-1e-2-s0", AS_IT_SAYS, "scontrol update JobId={job} EndTime=now", f"{ACCOUNT}|TIMEOUT"),
     ],
+    ids=["cancelled", "out-of-time"],
 )
 def test_a_job_that_is_stopped_is_sent_again_and_goes_on(
-    name: str, stop: str, status: str, by_dvc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, profile: dict[str, str], stop: str, listed: str, by_dvc: Path, tmp_path: Path
 ) -> None:
     undisturbed, workspace = tmp_path / "undisturbed", tmp_path / "disturbed"
     for folder in (undisturbed, workspace):
         shutil.copytree(by_dvc, folder)
         change(folder, "train.steps", 60)
         change(folder, "train.log_every", 1)
-    monkeypatch.setenv("FOLORA_SAVE_SECONDS", "0")
+    _edit(workspace / "profiles" / "slurm" / "profile.yaml", profile)
     rule = f"train_{name.replace('-', '_')}"
-    with subprocess.Popen([*COMMAND, rule], cwd=workspace, stderr=subprocess.PIPE, text=True) as process:
+    saving = os.environ | {"FOLORA_SAVE_SECONDS": "0"}
+    with subprocess.Popen([*COMMAND, rule], cwd=workspace, env=saving, stderr=subprocess.PIPE, text=True) as process:
         _freeze_training(workspace)
         running = run(workspace, "squeue", "--noheader", "--states=R", "--format=%i %k")
         job = next(line.split()[0] for line in running.splitlines() if rule in line)
@@ -64,9 +81,20 @@ def test_a_job_that_is_stopped_is_sent_again_and_goes_on(
         said = process.communicate()[1]
     assert process.returncode == 0, said
     assert said.count("Trying to restart job") == 1
-    assert f"{job} {status}" in run(workspace, "squeue", "--states=all", "--noheader", "--format=%i %T")
+    assert ("status command is not 'sacct'" in said) == (profile is AS_IT_IS)
+    jobs = run(workspace, "sacct", "--allocations", "--noheader", "--parsable2", "--format=JobIDRaw,Account,State")
+    assert f"{job}|{listed}" in jobs.splitlines()
     run(undisturbed, "dvc", "repro", f"train@{name}")
     same_bytes(undisturbed, workspace)
+
+
+def _edit(path: Path, changes: dict[str, str]) -> None:
+    """Change lines of a file, as a user does."""
+    text = path.read_text()
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
 
 
 def _freeze_training(workspace: Path) -> None:
