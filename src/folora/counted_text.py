@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from folora.params import Covariance
+    from folora.rows import MaskedRow
+
 SUMS = "sums"  # the artefact that unfinished sums are
 
 
@@ -88,6 +91,18 @@ class CountedText:
             padded = [self.loss_masks[row] + [False] * (length - len(self.loss_masks[row])) for row in rows]
             counted = torch.tensor(padded, device=mask.device)
         return counted
+
+
+def proxy_text(token_ids: list[list[int]], settings: Covariance, padding: int) -> CountedText:
+    """Rows of proxy text, as the covariance stage counts their tokens."""
+    return CountedText(token_ids, None, settings.proxy_positions, settings.batch_size, padding)
+
+
+def task_text(rows: list[MaskedRow], settings: Covariance, padding: int) -> CountedText:
+    """The rows of a task that the utility is taken over, as the covariance stage counts their tokens."""
+    counted = rows[: settings.task_rows]
+    ids, learned = [row[0] for row in counted], [row[1] for row in counted]
+    return CountedText(ids, learned, settings.task_positions, settings.batch_size, padding)
 
 
 class Sums:

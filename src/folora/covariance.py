@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from folora.counted_text import SUMS, CountedText, Sums
+from folora.counted_text import SUMS, Sums, proxy_text, task_text
 from folora.errors import FoLoRAError
 from folora.health import PRODUCTS, TokenCount
 from folora.layers import Groups, adapted_layers, input_groups
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from folora.base import Base
+    from folora.counted_text import CountedText
     from folora.params import Params
 
 
@@ -48,24 +49,19 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
             one layer input takes.
     """
     table, manifest = read_table(rows, **base.identity)
-    settings = params.covariance
+    settings, padding = params.covariance, base.load_tokenizer().pad_token_id
     if manifest.get("artefact") == "proxy":
-        token_ids, loss_masks = with_columns(rows, table, PROXY_COLUMNS)["token_ids"].to_pylist(), None
-        positions: str = settings.proxy_positions
+        text = proxy_text(with_columns(rows, table, PROXY_COLUMNS)["token_ids"].to_pylist(), settings, padding)
     else:
-        masked = masked_rows(rows, table.slice(0, settings.task_rows))
-        token_ids, loss_masks = [ids for ids, _ in masked], [mask for _, mask in masked]
-        positions = settings.task_positions
-
-    if not token_ids:
+        text = task_text(masked_rows(rows, table.slice(0, settings.task_rows)), settings, padding)
+    if not text.token_ids:
         raise FoLoRAError(f"{rows}: holds no rows: run the stage that makes it again")
-    text = CountedText(token_ids, loss_masks, positions, settings.batch_size, base.load_tokenizer().pad_token_id)
     tokens = text.tokens
     if not tokens:
-        raise FoLoRAError(f"{rows}: no token counts under covariance positions {positions!r}: choose others")
+        raise FoLoRAError(f"{rows}: no token counts under covariance positions {text.positions!r}: choose others")
     model = base.load_for_inference()
     layers = adapted_layers(model, params.adapter.target_modules)
-    groups = input_groups(model, layers, torch.tensor([token_ids[0]], device=model.device))
+    groups = input_groups(model, layers, torch.tensor([text.token_ids[0]], device=model.device))
     passes = split_passes({leader: layers[leader].in_features for leader in groups}, settings.memory_budget)
     about: dict[str, Any] = {
         "artefact": "covariance",
@@ -73,7 +69,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         "rows": digest_of_file(rows),
         **{field: manifest[field] for field in ("proxy", "shard", "sequences", "loops", "task") if field in manifest},
         **({"task_rows": settings.task_rows} if "task" in manifest else {}),
-        "positions": positions,
+        "positions": text.positions,
         "groups": groups,
         "tokens": tokens,
     }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+MaskedRow = tuple[list[int], list[bool]]  # token ids, BOS first, and which of them are learned
 HELDOUT = "heldout"  # the base model's own text that drift is measured on; stands for its shard in manifest and seeds
 PROXY_COLUMNS = {"token_ids": "[int32]"}  # that readers of proxy text use
 FORMATS = (".jsonl", ".csv", ".parquet")
@@ -114,7 +115,7 @@ def _refuse_missing(value: Any) -> Any:
     return value
 
 
-def masked_rows(path: Path, table: pa.Table) -> list[tuple[list[int], list[bool]]]:
+def masked_rows(path: Path, table: pa.Table) -> list[MaskedRow]:
     """Token ids of every row of the task stage's table, and which of them are learned; ``path`` names it in errors.
 
     Raises:

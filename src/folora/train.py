@@ -17,7 +17,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArgume
 
 from folora import processes
 from folora.adapter import AdaptedModel, Context
-from folora.counted_text import CountedText
+from folora.counted_text import task_text
 from folora.coverage import COVERAGE_FILE, Covered, coverage, print_coverage
 from folora.divergence import HeldOutText
 from folora.errors import FoLoRAError
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.methods import Method
     from folora.params import Params, Run
+    from folora.rows import MaskedRow
     from folora.tracking import RunLog
 
 Row = dict[str, list[int]]
@@ -227,23 +228,16 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs, *, shard
     measured = heldout if method.kl_budget else heldout[: params.train.meter_sequences]
     at_once = params.train.micro_batch or params.train.batch_size
     text = HeldOutText(bare, measured, at_once, tokenizer.pad_token_id)
-    task_text = _counted_text(params, task_rows, tokenizer)
-    context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, task_text)
+    counted = task_text(task_rows, params.covariance, tokenizer.pad_token_id)
+    context = Context(params.adapter.rank, params.adapter.alpha, spectrum, base, proxy, counted)
     adapted = method.adapt(bare, context)
     if method.kl_budget and not adapted.scalable:
         key = f"methods.{run.method}.kl_budget"
         raise FoLoRAError(f"{key}: the change of {method.kind_name()} cannot be scaled back: choose another kind")
-    rows = ScheduledRows(task_rows, [full_row(ids) for ids in proxy], params, run.seed, method)
+    rows = ScheduledRows(
+        [task_row(*row) for row in task_rows], [full_row(ids) for ids in proxy], params, run.seed, method
+    )
     return Training(params, run, adapted, tokenizer, rows, text, covered)
-
-
-def _counted_text(params: Params, rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> CountedText:
-    """The task's text as the covariance stage counts it, for methods that measure the utility again."""
-    settings = params.covariance
-    counted = rows[: settings.task_rows]
-    learned = [[label != IGNORED for label in row["labels"]] for row in counted]
-    ids = [row["input_ids"] for row in counted]
-    return CountedText(ids, learned, settings.task_positions, settings.batch_size, tokenizer.pad_token_id)
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:
@@ -272,18 +266,20 @@ def _proxy_ids(base: Base, path: Path, **expected: object) -> list[list[int]]:
     return table["token_ids"].to_pylist()
 
 
-def read_task_rows(params: Params, run: Run, base: Base, path: Path) -> list[Row]:
-    """Task rows with labels on the response only.
+def read_task_rows(params: Params, run: Run, base: Base, path: Path) -> list[MaskedRow]:
+    """The rows of a run's task, each with which of its tokens are learned.
 
     Raises:
         FoLoRAError: the file is damaged or of another model or task.
     """
     task = params.tasks[run.task].model_dump()
     table, _ = read_table(path, artefact="task", **base.identity, task=task)
-    return [
-        {"input_ids": ids, "labels": [i if counts else IGNORED for i, counts in zip(ids, mask, strict=True)]}
-        for ids, mask in masked_rows(path, table)
-    ]
+    return masked_rows(path, table)
+
+
+def task_row(ids: list[int], learned: list[bool]) -> Row:
+    """A task row: what is marked is learned."""
+    return {"input_ids": ids, "labels": [i if counts else IGNORED for i, counts in zip(ids, learned, strict=True)]}
 
 
 def full_row(ids: list[int]) -> Row:

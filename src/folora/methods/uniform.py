@@ -28,7 +28,7 @@ class Uniform(FoLoRA):
 
 
 class UniformCanonical(SpectralMethod):
-    """No basis: A at PEFT's start, Adam in canonical coordinates; A's updates times the layer's mean gate, B's whole."""
+    """No basis: A at PEFT's start, canonical Adam; A's updates times the layer's mean gate, B's whole."""
 
     kind: Literal["uniform-canonical"]
     paper: ClassVar[str] = "control"
