@@ -256,7 +256,7 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; EOS pads where it has no padding token.
+    """Load a tokenizer that pads on the right, with EOS where it has no padding token.
 
     Raises:
         FoLoRAError: it cannot be read, has no EOS, no BOS and none is named, or does not know the one that is.
@@ -281,6 +281,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
         raise FoLoRAError(f"foundation.loading.bos_token: the tokenizer of {folder} has no bos_token: {advice}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # as the objective cuts micro-batches; Llama's and Gemma's own default is left
     return tokenizer
 
 

@@ -127,6 +127,7 @@ def _write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> flo
     if not difference < CLOSE:
         raise FoLoRAError(f"{adapter}: merging changes the logits by {difference:.1e}: use the adapter as it is")
     model.save_pretrained(output)
+    tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", tokenizer.padding_side)  # as the base's own says
     tokenizer.save_pretrained(output)
     return difference
 
