@@ -12,7 +12,7 @@ from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import flatten
 from folora.records import read_manifest
-from folora.serving import PEFT_CONFIG, usage_of
+from folora.serving import PEFT_CONFIG, TRANSFORMERS, from_pretrained, usage_of
 from folora.storage import publish, read_table
 
 if TYPE_CHECKING:
@@ -101,8 +101,11 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
         else:
             shutil.copytree(adapter, made)
         model = base.manifest["source"] or str(base.folder)
-        how = _load_merged(adapter) if merge else usage_of(name, adapter, model).load
-        load = how.replace(str(adapter), str(output))
+        code = base.loading.trust_remote_code
+        if merge:
+            load = f"{TRANSFORMERS}\nmodel = {from_pretrained(str(output), code=code)}"
+        else:
+            load = usage_of(name, adapter, model, code=code).load.replace(str(adapter), str(output))
         card = model_card(manifest, model, before, found, load, difference)
         (made / "README.md").write_text(card)
     return difference
@@ -171,12 +174,6 @@ def model_card(
         merged="" if difference is None else f" Merging changed no logit by more than {difference:.1e}.",
         load=load,
         parameters="\n".join(f"| `{key}` | {value} |" for key, value in sorted(flatten(manifest["params"]).items())),
-    )
-
-
-def _load_merged(place: Path) -> str:
-    return (
-        f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({str(place)!r})"
     )
 
 
