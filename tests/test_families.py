@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import Pipeline, SaveParams
 from fake_hub import hub
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small import BATCH, base_model, context
 from transformers import (
@@ -47,9 +48,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from folora.adapter import load_checkpoint
+from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.base import open_base
-from folora.commands.export import Places, export_run
+from folora.commands.export import Places, export_run, write_merged
 from folora.commands.plan import head_line
 from folora.covariance import compute_covariance
 from folora.errors import FoLoRAError
@@ -62,7 +63,7 @@ from folora.methods.factors import SplitMethod
 from folora.params import Params, PretrainedFoundation
 from folora.proxy import generate_heldout, generate_proxy
 from folora.spectrum import compute_spectrum
-from folora.storage import read_json, read_table, read_tensors
+from folora.storage import read_json, read_table, read_tensors, write_tensors
 from folora.task import prepare_task
 from folora.train import TrainInputs, train_run
 
@@ -274,6 +275,36 @@ def test_a_stage_runs_where_its_model_cannot_be_planned(
     wrong = params.adapter.model_copy(update={"target_modules": ["nobody"]})
     with pytest.raises(FoLoRAError, match=r"adapter\.target_modules: 'nobody' matches no linear layer"):
         head_line(params.model_copy(update={"adapter": wrong}), base.folder, "heldout")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_changed_gpt2_is_stored_transposed_as_others_are(whole: bool, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Merged, or whole weights loaded on the model as transformers opens it; some of these are square."""
+    torch.manual_seed(0)
+    config, model_class, *_ = FAMILIES["gpt2"]
+    source = save(model_class(config), tmp_path / "source", padding_side="left")
+    base = pin(source, tmp_path / "foundation")
+    generate_heldout(pipeline.params.proxy, base, tmp_path / "heldout.parquet")
+    adapted: Any = base.load_model()
+    if whole:
+        layers = adapted_layers(adapted, "all-linear")
+        for layer in layers.values():
+            layer.weight.data += 0.1 * torch.randn_like(layer.weight)
+        weights = {name: layer.weight for name, layer in layers.items()}
+        write_tensors(tmp_path / "adapter" / WEIGHTS_FILE, weights, {"artefact": "weights"})
+    else:
+        adapted = get_peft_model(adapted, LoraConfig(init_lora_weights=False, target_modules=["c_attn", "attn.c_proj"]))
+        adapted.save_pretrained(tmp_path / "adapter")
+    assert write_merged(base, tmp_path / "adapter", tmp_path / "heldout.parquet", tmp_path / "out") < 1e-4
+    ids = torch.tensor([[1, 5, 9, 7, 4]])
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+        merged, bare = (AutoModelForCausalLM.from_pretrained(place).eval() for place in (tmp_path / "out", source))
+        assert not torch.allclose(bare(input_ids=ids).logits, expected, atol=1e-2)
+        loaded = load_checkpoint(bare, tmp_path / "adapter")
+        for model in (merged, loaded):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+    assert read_json(tmp_path / "out" / "tokenizer_config.json")["padding_side"] == "left"
 
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:

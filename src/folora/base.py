@@ -299,6 +299,20 @@ def with_plain_layers(model: PreTrainedModel) -> None:
             linear = torch.nn.Linear(inputs, outputs, device="meta")
             linear.weight = torch.nn.Parameter(module.weight.detach().mT.contiguous())
             linear.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            holder: nn.Module = model.get_submodule(parent)
-            setattr(holder, child, linear)
+            model.set_submodule(name, linear)
+
+
+def with_own_layers(model: PreTrainedModel) -> None:
+    """Undo ``with_plain_layers``, in place: a saved model is then read as others of its class are."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        original: nn.Module = type(model)(model.config)
+    for name, module in original.named_modules():
+        if isinstance(module, Conv1D):
+            linear: Any = model.get_submodule(name)
+            stored = Conv1D(linear.out_features, linear.in_features)
+            stored.weight = torch.nn.Parameter(linear.weight.detach().mT.contiguous())
+            stored.bias = linear.bias
+            model.set_submodule(name, stored)
