@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from transformers import DataCollatorForSeq2Seq
 
 from folora.base import digests, open_base
 from folora.errors import FoLoRAError
@@ -77,3 +78,12 @@ def test_eos_pads_where_there_is_no_pad(tiny: Path) -> None:
     edit(tiny / "foundation" / "tokenizer_config.json", pad_token=None)
     tokenizer = repin(tiny / "foundation").load_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_padding_lies_on_the_right_whatever_the_tokenizer_says(tiny: Path) -> None:
+    """Micro-batches are cut to the length of their rows, from the left."""
+    edit(tiny / "foundation" / "tokenizer_config.json", padding_side="left")
+    collate = DataCollatorForSeq2Seq(repin(tiny / "foundation").load_tokenizer())
+    batch = collate([{"input_ids": [1, 5, 6, 2], "labels": [-100, 5, 6, 2]}, {"input_ids": [1, 7], "labels": [1, 7]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"][1].tolist() == [1, 7, -100, -100]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ import pytest
 import torch
 from conftest import Pipeline, SaveParams
 from fake_hub import hub
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from small import BATCH, base_model, context
 from transformers import (
@@ -45,24 +48,27 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from folora.adapter import load_checkpoint
+from folora.adapter import WEIGHTS_FILE, load_checkpoint
 from folora.base import open_base
+from folora.commands.export import Places, export_run, write_merged
+from folora.commands.plan import head_line
 from folora.covariance import compute_covariance
 from folora.errors import FoLoRAError
-from folora.evaluate import evaluate_method
+from folora.evaluate import evaluate_base, evaluate_method
 from folora.foundation import LOADING, character_tokenizer, pin_foundation
 from folora.layers import adapted_layers
 from folora.loading import Loading
 from folora.methods import kinds, method_from
 from folora.methods.factors import SplitMethod
-from folora.params import PretrainedFoundation
+from folora.params import Params, PretrainedFoundation
 from folora.proxy import generate_heldout, generate_proxy
 from folora.spectrum import compute_spectrum
-from folora.storage import read_json, read_table, read_tensors
+from folora.storage import read_json, read_table, read_tensors, write_tensors
 from folora.task import prepare_task
 from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -188,6 +194,117 @@ def test_a_family_goes_through_the_pipeline(family: str, pipeline: Pipeline, tmp
     torch.testing.assert_close(own, peft, atol=1e-5, rtol=0)
     metrics = read_table(tmp_path / "evaluation" / "metrics.parquet")[0].to_pylist()
     assert all(row["kl"] > 0 for row in metrics)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits / 2{extra}
+        return output
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a model folder with code of its own, which halves the logits of a Llama."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", sys.path.copy())
+
+    def make(extra: str = "") -> Path:
+        source = save(tiny_llama(), tmp_path / "source")
+        (source / "own.py").write_text(OWN_CODE.format(extra=extra))
+        config = json.loads((source / "config.json").read_text())
+        config |= {"model_type": "own", "architectures": ["OwnModel"]}
+        config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        (source / "config.json").write_text(json.dumps(config))
+        return source
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_model_with_code_of_its_own_goes_through_the_pipeline(
+    own_code: Callable[..., Path], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Each stage says what it takes, and the exported model is loaded as its card says."""
+    source = own_code()
+    base = pin(source, tmp_path / "foundation", trust_remote_code=True)
+    section = {"source": "pretrained", "model": str(source), "revision": None, "loading": base.loading.model_dump()}
+    params = Params.model_validate(pipeline.values() | {"foundation": section})
+    for stage in ("proxy", "heldout", "covariance", "spectrum", "train"):
+        assert head_line(params, base.folder, stage).startswith(f"{stage}, ")
+    run_stages(pipeline, base, tmp_path)
+
+    ids = torch.tensor([[1, 5, 9, 7, 4]])
+    with torch.no_grad():
+        logits = base.load_model()(input_ids=ids).logits
+        torch.testing.assert_close(logits, tiny_llama().eval()(input_ids=ids).logits / 2, atol=1e-5, rtol=0)
+    shutil.move(tmp_path / "runs" / RUN, tmp_path / "runs" / METHOD / RUN)
+    shutil.move(tmp_path / "evaluation", tmp_path / "evaluations" / METHOD)
+    evaluate_base(params, base, pipeline.world, tmp_path / "heldout.parquet", tmp_path / "evaluations" / "base")
+    adapted = load_checkpoint(base.load_model(), tmp_path / "runs" / METHOD / RUN / "adapter")(input_ids=ids).logits
+    assert not torch.allclose(adapted, logits, atol=1e-4)
+    places = Places(tmp_path / "runs", tmp_path / "evaluations", tmp_path / "foundation", tmp_path / "heldout.parquet")
+    for merge in (False, True):
+        export_run(params, RUN, places, tmp_path / f"out-{merge}", merge=merge)
+        (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / f"out-{merge}" / "README.md").read_text(), re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(code, names)
+        found = names["model"].eval()(input_ids=ids).logits
+        torch.testing.assert_close(found, adapted, atol=1e-4, rtol=0)
+
+
+def test_a_stage_runs_where_its_model_cannot_be_planned(
+    own_code: Callable[..., Path], pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Such as one whose code looks at what it computes, which is nothing without weights."""
+    source = own_code(extra="\n        assert float(output.logits.abs().max()) < 1e9")
+    base = pin(source, tmp_path / "foundation", trust_remote_code=True)
+    section = {"source": "pretrained", "model": str(source), "revision": None, "loading": base.loading.model_dump()}
+    params = Params.model_validate(pipeline.values() | {"foundation": section})
+    assert head_line(params, base.folder, "heldout").startswith("heldout: what it takes is not known, ")
+    generate_heldout(params.proxy, base, tmp_path / "heldout.parquet")
+    wrong = params.adapter.model_copy(update={"target_modules": ["nobody"]})
+    with pytest.raises(FoLoRAError, match=r"adapter\.target_modules: 'nobody' matches no linear layer"):
+        head_line(params.model_copy(update={"adapter": wrong}), base.folder, "heldout")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_changed_gpt2_is_stored_transposed_as_others_are(whole: bool, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Merged, or whole weights loaded on the model as transformers opens it; some of these are square."""
+    torch.manual_seed(0)
+    config, model_class, *_ = FAMILIES["gpt2"]
+    source = save(model_class(config), tmp_path / "source", padding_side="left")
+    base = pin(source, tmp_path / "foundation")
+    generate_heldout(pipeline.params.proxy, base, tmp_path / "heldout.parquet")
+    adapted: Any = base.load_model()
+    if whole:
+        layers = adapted_layers(adapted, "all-linear")
+        for layer in layers.values():
+            layer.weight.data += 0.1 * torch.randn_like(layer.weight)
+        weights = {name: layer.weight for name, layer in layers.items()}
+        write_tensors(tmp_path / "adapter" / WEIGHTS_FILE, weights, {"artefact": "weights"})
+    else:
+        adapted = get_peft_model(adapted, LoraConfig(init_lora_weights=False, target_modules=["c_attn", "attn.c_proj"]))
+        adapted.save_pretrained(tmp_path / "adapter")
+    assert write_merged(base, tmp_path / "adapter", tmp_path / "heldout.parquet", tmp_path / "out") < 1e-4
+    ids = torch.tensor([[1, 5, 9, 7, 4]])
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+        merged, bare = (AutoModelForCausalLM.from_pretrained(place).eval() for place in (tmp_path / "out", source))
+        assert not torch.allclose(bare(input_ids=ids).logits, expected, atol=1e-2)
+        loaded = load_checkpoint(bare, tmp_path / "adapter")
+        for model in (merged, loaded):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, atol=1e-4, rtol=0)
+    assert read_json(tmp_path / "out" / "tokenizer_config.json")["padding_side"] == "left"
 
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:

@@ -17,6 +17,7 @@ from folora.commands.compare import compare_runs
 from folora.commands.pick import Choice, pick_run, usage
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
+from folora.foundation import LOADING
 from folora.storage import read_json, read_table, write_json, write_table
 
 if TYPE_CHECKING:
@@ -141,12 +142,15 @@ def test_what_vllm_cannot_serve_as_an_adapter(pipeline: Pipeline, runs: Path, tm
     assert "load_checkpoint" in usage(choice, pipeline.foundation).load
 
 
-def test_a_pretrained_base_is_named_by_its_source(runs: Path, tmp_path: Path) -> None:
-    write_json(tmp_path / "manifest.json", {"source": "org/model"})
+@pytest.mark.parametrize("code", [False, True])
+def test_a_pretrained_base_is_named_by_its_source(code: bool, runs: Path, tmp_path: Path) -> None:
+    loading = LOADING.model_dump() | {"trust_remote_code": code}
+    manifest = {"model": "", "tokenizer": "", "loading": loading, "source": "org/model", "commit": None}
+    write_json(tmp_path / "manifest.json", manifest)
     choice = Choice("mine", "subtraction", 1.0, 1.0, 1.0, 1.0, 0.1, str(runs / "lora" / LORA / "adapter"))
     how = usage(choice, tmp_path)
-    assert "from_pretrained('org/model')" in how.load
-    assert how.serve.startswith("vllm serve org/model ")
+    assert f"from_pretrained('org/model'{', trust_remote_code=True' if code else ''})" in how.load
+    assert how.serve.startswith(f"vllm serve org/model {'--trust-remote-code ' if code else ''}--enable-lora")
 
 
 def test_pick_as_text_and_json(pipeline: Pipeline, runs: Path, results: Path, save_params: SaveParams) -> None:

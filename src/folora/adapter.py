@@ -295,17 +295,22 @@ def check_rank(model: PreTrainedModel, context: Context, *, spare: int = 0) -> N
 def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:
     """Load a saved change on a base model, or in place of the change of the same method that is already on it.
 
+    The base model may keep W (m, d) of a layer transposed, as GPT-2 does.
+
     Raises:
         FoLoRAError: the checkpoint is damaged.
     """
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
     from safetensors import SafetensorError
+    from transformers.pytorch_utils import Conv1D
 
     if (checkpoint / WEIGHTS_FILE).exists():
         weights, _ = read_tensors(checkpoint / WEIGHTS_FILE, artefact="weights")
         modules: dict[str, Any] = dict(model.named_modules())
         for name, weight in weights.items():
-            held = getattr(modules.get(name), "weight", None)
+            module = modules.get(name)
+            weight = weight.mT.contiguous() if isinstance(module, Conv1D) else weight
+            held = getattr(module, "weight", None)
             if held is None or held.shape != weight.shape:
                 raise FoLoRAError(f"{checkpoint}: the model has no {name} of that shape: train its run again")
             if held.is_meta:

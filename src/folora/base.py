@@ -256,7 +256,7 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; EOS pads where it has no padding token.
+    """Load a tokenizer that pads on the right, with EOS where it has no padding token.
 
     Raises:
         FoLoRAError: it cannot be read, has no EOS, no BOS and none is named, or does not know the one that is.
@@ -281,6 +281,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
         raise FoLoRAError(f"foundation.loading.bos_token: the tokenizer of {folder} has no bos_token: {advice}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"  # as the objective cuts micro-batches; Llama's and Gemma's own default is left
     return tokenizer
 
 
@@ -298,6 +299,20 @@ def with_plain_layers(model: PreTrainedModel) -> None:
             linear = torch.nn.Linear(inputs, outputs, device="meta")
             linear.weight = torch.nn.Parameter(module.weight.detach().mT.contiguous())
             linear.bias = module.bias
-            parent, _, child = name.rpartition(".")
-            holder: nn.Module = model.get_submodule(parent)
-            setattr(holder, child, linear)
+            model.set_submodule(name, linear)
+
+
+def with_own_layers(model: PreTrainedModel) -> None:
+    """Undo ``with_plain_layers``, in place: a saved model is then read as others of its class are."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        original: nn.Module = type(model)(model.config)
+    for name, module in original.named_modules():
+        if isinstance(module, Conv1D):
+            linear: Any = model.get_submodule(name)
+            stored = Conv1D(linear.out_features, linear.in_features)
+            stored.weight = torch.nn.Parameter(linear.weight.detach().mT.contiguous())
+            stored.bias = linear.bias
+            model.set_submodule(name, stored)

@@ -33,19 +33,21 @@ class Usage:
         return f"load it:\n\n{indent(self.load, '    ')}\n\nserve it:\n\n{indent(self.serve, '    ')}"
 
 
-def usage_of(name: str, adapter: Path, model: str) -> Usage:
+def usage_of(name: str, adapter: Path, model: str, *, code: bool = False) -> Usage:
     """How to load an adapter, and how to serve it.
 
     Args:
         name: what the server calls it.
         adapter: its folder.
         model: hub id or folder of the base model.
+        code: whether it comes with Python code of its own, which is trusted.
 
     Raises:
         FoLoRAError: the adapter is not there.
     """
-    base = f"AutoModelForCausalLM.from_pretrained({model!r})"
-    whole = f"# first, in Python: model.save_pretrained({name!r})\nvllm serve {name} --tokenizer {model}"
+    base = from_pretrained(model, code=code)
+    trust = " --trust-remote-code" if code else ""
+    whole = f"# first, in Python: model.save_pretrained({name!r})\nvllm serve {name} --tokenizer {model}{trust}"
     if not (require(adapter) / PEFT_CONFIG).exists():
         lines = ["from pathlib import Path", "from folora.adapter import load_checkpoint"]
         load = f"model = load_checkpoint({base}, Path({str(adapter)!r}))"
@@ -57,4 +59,10 @@ def usage_of(name: str, adapter: Path, model: str) -> Usage:
         return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
     rank = next((allowed for allowed in VLLM_RANKS if allowed >= config.r), VLLM_RANKS[-1])
     modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}"
-    return Usage("\n".join(lines), f"vllm serve {model} {modules}")
+    return Usage("\n".join(lines), f"vllm serve {model}{trust} {modules}")
+
+
+def from_pretrained(place: str, *, code: bool) -> str:
+    """Python that loads a model, from a hub or a folder, with or without trusted code of its own."""
+    trust = ", trust_remote_code=True" if code else ""
+    return f"AutoModelForCausalLM.from_pretrained({place!r}{trust})"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from folora.adapter_config import PEFT_CONFIG
-from folora.base import open_base
+from folora.base import open_base, with_own_layers
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
 from folora.hub import from_hub
 from folora.params import flatten
 from folora.records import read_manifest
-from folora.serving import usage_of
+from folora.serving import TRANSFORMERS, from_pretrained, usage_of
 from folora.storage import publish, read_table
 
 if TYPE_CHECKING:
@@ -98,19 +98,31 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
     with publish(output) as made:
         difference = None
         if merge:
-            difference = _write_merged(base, adapter, places.heldout, made)
+            difference = write_merged(base, adapter, places.heldout, made)
         else:
             shutil.copytree(adapter, made)
         model = base.manifest["source"] or str(base.folder)
-        how = _load_merged(adapter) if merge else usage_of(name, adapter, model).load
-        load = how.replace(str(adapter), str(output))
+        code = base.loading.trust_remote_code
+        if merge:
+            load = f"{TRANSFORMERS}\nmodel = {from_pretrained(str(output), code=code)}"
+        else:
+            load = usage_of(name, adapter, model, code=code).load.replace(str(adapter), str(output))
         card = model_card(manifest, model, before, found, load, difference)
         (made / "README.md").write_text(card)
     return difference
 
 
-def _write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> float:
+def write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> float:
+    """Write the merged model in float32, and its tokenizer.
+
+    Returns:
+        The greatest difference between logits of the adapted model and of the written one, on held-out text.
+
+    Raises:
+        FoLoRAError: that is too great.
+    """
     import torch
+    from transformers import AutoModelForCausalLM
 
     from folora.adapter import load_checkpoint
     from folora.layers import batches
@@ -123,11 +135,21 @@ def _write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> flo
         before = model(input_ids=input_ids, attention_mask=mask).logits[mask]
         if hasattr(model, "merge_and_unload"):
             model = model.merge_and_unload()
+        with_own_layers(model)
+        model.save_pretrained(output)
+        del model  # there is memory for one
+        model = AutoModelForCausalLM.from_pretrained(
+            output,
+            dtype=torch.float32,
+            attn_implementation=base.loading.attention,
+            trust_remote_code=base.loading.trust_remote_code,
+        )
+        model.to(base.loading.device)
         after = model(input_ids=input_ids, attention_mask=mask).logits[mask]
     difference = float((after - before).abs().max())
     if not difference < CLOSE:
         raise FoLoRAError(f"{adapter}: merging changes the logits by {difference:.1e}: use the adapter as it is")
-    model.save_pretrained(output)
+    tokenizer.padding_side = tokenizer.init_kwargs.get("padding_side", tokenizer.padding_side)  # as the base's own says
     tokenizer.save_pretrained(output)
     return difference
 
@@ -171,12 +193,6 @@ def model_card(
         merged="" if difference is None else f" Merging changed no logit by more than {difference:.1e}.",
         load=load,
         parameters="\n".join(f"| `{key}` | {value} |" for key, value in sorted(flatten(manifest["params"]).items())),
-    )
-
-
-def _load_merged(place: Path) -> str:
-    return (
-        f"from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained({str(place)!r})"
     )
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from folora.base import FoundationManifest
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
 from folora.serving import Usage, usage_of
-from folora.storage import MANIFEST_FILE, read_json
+from folora.storage import MANIFEST_FILE, fields_of, read_json
 
 if TYPE_CHECKING:
     from folora.params import Params
@@ -88,5 +89,7 @@ def usage(choice: Choice, foundation: Path) -> Usage:
     Raises:
         FoLoRAError: the adapter or the base model is not there.
     """
-    model = read_json(foundation / MANIFEST_FILE)["source"] or str(foundation)
-    return usage_of(choice.run, Path(choice.adapter), model)
+    path = foundation / MANIFEST_FILE
+    manifest = fields_of(path, FoundationManifest, read_json(path))
+    code = manifest.loading.trust_remote_code
+    return usage_of(choice.run, Path(choice.adapter), manifest.source or str(foundation), code=code)

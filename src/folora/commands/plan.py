@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import psutil
 
 from folora.coverage import Covered, coverage
+from folora.errors import FoLoRAError
 from folora.moments import memory_of, split_passes
-from folora.params import OfflineFoundation
+from folora.params import OfflineFoundation, PretrainedFoundation
 from folora.pencil import krylov_columns
 
 if TYPE_CHECKING:
@@ -124,8 +125,19 @@ def make_plan(params: Params, folder: Path | None = None) -> Plan:
 
 
 def head_line(params: Params, folder: Path, stage: str) -> str:
-    """What a stage takes, in a line to print before it begins; ``folder`` holds the pinned model."""
-    plan = next(one for one in make_plan(params, folder).stages if one.stage == stage)
+    """What a stage takes, in a line to print before it begins; ``folder`` holds the pinned model.
+
+    Raises:
+        FoLoRAError: the parameters do not fit the model, which some stage would find later.
+    """
+    try:
+        stages = make_plan(params, folder).stages
+    except FoLoRAError:
+        raise
+    except Exception as error:  # a model's own code may do anything where there are no weights: the stage has them
+        reason = f"{type(error).__name__}: {error}"[:200]
+        return f"{stage}: what it takes is not known, its model cannot be looked at without weights ({reason})"
+    plan = next(one for one in stages if one.stage == stage)
     tokens = f"{plan.tokens:,} tokens, " if plan.tokens else ""
     jobs = f"{plan.jobs} jobs together" if plan.jobs > 1 else "1 job"
     memory, disk = _bytes(plan.memory), _bytes(plan.disk)
@@ -139,8 +151,11 @@ def empty_model(params: Params, folder: Path | None = None) -> PreTrainedModel:
 
     from folora.base import with_plain_layers
 
+    settings = params.foundation
+    trusted = isinstance(settings, PretrainedFoundation) and settings.loading.trust_remote_code
+    config = _config(params, folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_config(params, folder), attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=trusted)
     with_plain_layers(model)
     return model.eval()
 
