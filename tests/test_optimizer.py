@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from folora.errors import FoLoRAError
-from folora.optimizer import GatedAdam, check_first_step
+from folora.optimizer import Coordinates, GatedAdam, check_first_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    Make = Callable[[list[nn.Parameter]], Any]
 
 WIDTH = 5
 STEPS = 6
@@ -189,6 +189,20 @@ def test_resumed_equals_uninterrupted(basis: Tensor, gate: Tensor) -> None:
     descend(second, parameters, range(3, STEPS))
     assert [p.detach().tolist() for p in parameters] == [p.tolist() for p in train(make)]
     assert not {"basis", "gate", "gate_gradient", "filter"} & set(first.state_dict()["param_groups"][0])
+
+
+@pytest.mark.parametrize("turned", [{"filter"}, {"basis", "gate"}, {"gate", "gate_gradient"}])
+def test_turned_coordinates_are_resumed_whole(basis: Tensor, gate: Tensor, turned: set[str]) -> None:
+    """What a group had before belongs to its run, and what replaced it to its state."""
+    new = {"basis": basis, "gate": gate, "gate_gradient": True, "filter": basis}
+    coordinates = Coordinates(**{name: new[name] for name in turned})
+    before = {"basis": torch.eye(WIDTH), "gate": torch.ones(WIDTH), "filter": torch.eye(WIDTH)}
+    first, second = (gated(**before)(fresh()) for _ in range(2))
+    first.turn(0, coordinates)
+    second.load_state_dict(first.state_dict())
+    assert vars(second.coordinates[0]).keys() == new.keys()
+    for name, value in vars(second.coordinates[0]).items():
+        assert value is getattr(coordinates, name), name
 
 
 def test_parameters_without_a_gradient_stay(basis: Tensor) -> None:
