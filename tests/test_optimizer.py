@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -234,14 +235,16 @@ def test_moments_of_bfloat16_parameters_are_float32(basis: Tensor, gate: Tensor)
     assert {optimizer.state[p][key].dtype for p in parameters for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
 
-def test_bfloat16_parameters_resume_with_float32_moments() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = GatedAdam([parameter], lr=0.1)
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()
-    assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+def test_bfloat16_parameters_resume_with_the_same_float32_moments() -> None:
+    parameters = fresh(torch.bfloat16)
+    first, second = (GatedAdam(parameters, lr=0.1) for _ in range(2))
+    descend(first, parameters)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for parameter in parameters:
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert second.state[parameter][key].dtype == torch.float32
+            assert torch.equal(second.state[parameter][key], first.state[parameter][key])
+    descend(second, parameters)
 
 
 def reference(

@@ -145,8 +145,9 @@ class GatedAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the moments in float32, also those of parameters of another type, and what was turned."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update({key: state[key].float() for key in ("exp_avg", "exp_avg_sq")})
+        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):  # torch has rounded them to the parameter's type
+                state[key] = saved[key].to(state[key].device, torch.float32)
         for position, coordinates in state_dict.get("turned", {}).items():
             self.turn(position, Coordinates(**coordinates))
 
