@@ -28,7 +28,7 @@ from small import (
     ridged,
 )
 
-from folora.gate import soft_gate
+from folora.gate import soft_gate, tau_of_budget
 from folora.methods import method_from
 from folora.methods.folora import update_filter
 from folora.optimizer import Coordinates, GatedAdam
@@ -261,6 +261,44 @@ def test_full_gate_on_b_works_in_the_pencil_of_a_s_rows() -> None:
         assert_near(V.mT @ C_p @ V / cost, torch.eye(RANK), 1e-3)
         assert_near(V.mT @ C_t @ V / cost, eigenvalues.diag(), 1e-3)
         assert_near(found.gate, share(eigenvalues), 1e-3)
+
+
+GATES = {
+    "quantile": ({"tau": {"quantile": 0.9}}, lambda λ: float(λ.quantile(0.9))),
+    "budget": ({"tau": {"budget": 0.1}}, lambda λ: tau_of_budget(λ, 0.1, exponent=1, floor=0)),
+    "hard": ({"gate": "hard", "open_share": 0.25, "floor": 0.1}, lambda λ: float(λ.topk(round(len(λ) / 4)).values[-1])),
+}
+
+
+@pytest.mark.parametrize("gate_b", ["diag", "full"])
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_of_b_have_the_tau_of_their_layer(gate: str, gate_b: str) -> None:
+    """Solved from all λ that A has, and from r of B's it would be another."""
+    options, tau_of = GATES[gate]
+    adapted = adapt("folora", gate_b=gate_b)
+    of_b = []
+    for layer, name in pairs(adapted):
+        C_p, C_t = (layer.A.detach().double() @ C @ layer.A.detach().double().mT for C in moments(name))
+        tau = tau_of(layer_spectrum(name).eigenvalues)
+        eigenvalues = eigh(C_t, C_p)[0] if gate_b == "full" else quotients_of_rows(layer.A, name)
+        of_b.append(0.1 + 0.9 * (eigenvalues >= tau) if gate == "hard" else eigenvalues / (eigenvalues + tau))
+    made = optimizer(adapted, "folora", gate_b=gate_b, **options)
+    push(made, adapted.trained, range(1))
+    for found, expected in zip(made.coordinates[len(GROUPS) :], of_b, strict=True):
+        assert_near(found.gate, expected, 1e-3)
+
+
+@pytest.mark.parametrize("gate_b", ["diag", "full"])
+def test_a_gate_on_the_gradient_does_nothing_to_b_either(gate_b: str) -> None:
+    ends = []
+    for options in ({"gate_on": "gradient", "tau": 10.0}, UNGATED, {"tau": 10.0}):
+        adapted = adapt("folora", freeze_a=True)
+        factors = [layer.B for layer in adapted.layers]
+        push(optimizer(adapted, "folora", freeze_a=True, gate_b=gate_b, **options), factors)
+        ends.append(factors)
+    for found, expected, gated in zip(*ends, strict=True):
+        assert_near(found, expected, 1e-4)
+        assert (found - gated).norm() > 0.1 * found.norm()
 
 
 def test_the_uniform_control_has_the_same_bases_for_b_and_their_mean_gate() -> None:

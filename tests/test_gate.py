@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from folora.gate import hard_gate, penalty_gate, soft_gate, tau_of_budget, tau_of_quantile
+from folora.gate import (
+    hard_gate,
+    least_open,
+    penalty_gate,
+    soft_gate,
+    step_gate,
+    tau_of_budget,
+    tau_of_quantile,
+)
 from folora.pencil import normalise, solve
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=100)
@@ -115,6 +123,13 @@ def test_penalty_gate_is_closed_at_the_top_and_open_without_energy() -> None:
 def test_hard_gate_opens_the_greatest_eigenvalues(share: float, opened: list[int]) -> None:
     gates = hard_gate(torch.tensor([2.0, 30.0, 1.0, 0.0, 1e6]), open_share=share, floor=0.125)
     assert gates.tolist() == [1 if i in opened else 0.125 for i in range(5)]
+    eigenvalues = torch.tensor([2.0, 30.0, 1.0, 0.0, 1e6])
+    assert step_gate(eigenvalues, least=least_open(eigenvalues, share), floor=0.125).tolist() == gates.tolist()
+
+
+def test_a_hard_gate_that_opens_a_whole_layer_opens_every_eigenvalue() -> None:
+    least = least_open(torch.tensor([1.0, 2.0]), 1.0)
+    assert step_gate(torch.tensor([-1e-18, 0.5]), least=least, floor=0.0).tolist() == [1, 1]
 
 
 @PROPERTY

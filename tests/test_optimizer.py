@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from folora.errors import FoLoRAError
-from folora.optimizer import GatedAdam, check_first_step
+from folora.optimizer import Coordinates, GatedAdam, check_first_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    Make = Callable[[list[nn.Parameter]], Any]
 
 WIDTH = 5
 STEPS = 6
@@ -191,6 +192,20 @@ def test_resumed_equals_uninterrupted(basis: Tensor, gate: Tensor) -> None:
     assert not {"basis", "gate", "gate_gradient", "filter"} & set(first.state_dict()["param_groups"][0])
 
 
+@pytest.mark.parametrize("turned", [{"filter"}, {"basis", "gate"}, {"gate", "gate_gradient"}])
+def test_turned_coordinates_are_resumed_whole(basis: Tensor, gate: Tensor, turned: set[str]) -> None:
+    """What a group had before belongs to its run, and what replaced it to its state."""
+    new = {"basis": basis, "gate": gate, "gate_gradient": True, "filter": basis}
+    coordinates = Coordinates(**{name: new[name] for name in turned})
+    before = {"basis": torch.eye(WIDTH), "gate": torch.ones(WIDTH), "filter": torch.eye(WIDTH)}
+    first, second = (gated(**before)(fresh()) for _ in range(2))
+    first.turn(0, coordinates)
+    second.load_state_dict(first.state_dict())
+    assert vars(second.coordinates[0]).keys() == new.keys()
+    for name, value in vars(second.coordinates[0]).items():
+        assert value is getattr(coordinates, name), name
+
+
 def test_parameters_without_a_gradient_stay(basis: Tensor) -> None:
     idle, busy = fresh()
     optimizer = GatedAdam([{"params": [idle, busy], "basis": basis}], lr=0.1, weight_decay=0.5)
@@ -220,14 +235,16 @@ def test_moments_of_bfloat16_parameters_are_float32(basis: Tensor, gate: Tensor)
     assert {optimizer.state[p][key].dtype for p in parameters for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
 
 
-def test_bfloat16_parameters_resume_with_float32_moments() -> None:
-    parameter = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))
-    parameter.grad = torch.ones_like(parameter)
-    optimizer = GatedAdam([parameter], lr=0.1)
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    optimizer.step()
-    assert optimizer.state[parameter]["exp_avg"].dtype == torch.float32
+def test_bfloat16_parameters_resume_with_the_same_float32_moments() -> None:
+    parameters = fresh(torch.bfloat16)
+    first, second = (GatedAdam(parameters, lr=0.1) for _ in range(2))
+    descend(first, parameters)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for parameter in parameters:
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert second.state[parameter][key].dtype == torch.float32
+            assert torch.equal(second.state[parameter][key], first.state[parameter][key])
+    descend(second, parameters)
 
 
 def reference(

@@ -52,6 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "folora-gate-b-full": {"kind": "folora", "gate_b": "full", "refresh_b": 2},
     "folora-gate-b-diag": {"kind": "folora", "gate_b": "diag", "refresh_b": 4},
     "folora-refreshed": {"kind": "folora", "refresh_utility": 2},
+    "folora-refreshed-filter": {"kind": "folora", "refresh_utility": 4, "form": "filter"},
 }
 
 

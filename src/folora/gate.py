@@ -42,10 +42,24 @@ def hard_gate(eigenvalues: Tensor, *, open_share: float, floor: float) -> Tensor
         open_share: share q of the directions that stay open, at least one of them.
         floor: gate of the closed ones.
     """
-    count = max(1, round(open_share * len(eigenvalues)))
     gates = eigenvalues.new_full(eigenvalues.shape, floor)
-    gates[eigenvalues.topk(count).indices] = 1.0
+    gates[eigenvalues.topk(_open_count(eigenvalues, open_share)).indices] = 1.0
     return gates
+
+
+def _open_count(eigenvalues: Tensor, open_share: float) -> int:
+    return max(1, round(open_share * len(eigenvalues)))
+
+
+def least_open(eigenvalues: Tensor, open_share: float) -> float:
+    """The least λ that ``hard_gate`` opens among those of a layer; zero where it opens them all."""
+    count = _open_count(eigenvalues, open_share)
+    return 0.0 if count == len(eigenvalues) else float(eigenvalues.topk(count).values[-1])
+
+
+def step_gate(eigenvalues: Tensor, *, least: float, floor: float) -> Tensor:
+    """One for every λ of at least ``least``, the floor for the others; tiny negative values count as zero."""
+    return floor + (1 - floor) * (eigenvalues.clip(0) >= least).to(eigenvalues.dtype)
 
 
 def penalty_gate(energies: Tensor, *, alpha: float) -> Tensor:

@@ -13,7 +13,7 @@ F (d × d) may multiply canonical Adam's update on the right, A ← A (1 - lr·w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,18 +137,19 @@ class GatedAdam(torch.optim.Optimizer):
         self._turned.add(position)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and options, and the basis and gate of the groups that were turned."""
-        turned = {position: self.coordinates[position] for position in sorted(self._turned)}
-        return super().state_dict() | {"turned": {position: (c.basis, c.gate) for position, c in turned.items()}}
+        """Moments and options, and the coordinates of the groups that were turned."""
+        turned = {position: dict(vars(self.coordinates[position])) for position in sorted(self._turned)}
+        return super().state_dict() | {"turned": turned}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the moments in float32, also those of parameters of another type, and what was turned."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            state.update({key: state[key].float() for key in ("exp_avg", "exp_avg_sq")})
-        for position, (basis, gate) in state_dict.get("turned", {}).items():
-            self.turn(position, replace(self.coordinates[position], basis=basis, gate=gate))
+        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
+            for key in ("exp_avg", "exp_avg_sq"):  # torch has rounded them to the parameter's type
+                state[key] = saved[key].to(state[key].device, torch.float32)
+        for position, coordinates in state_dict.get("turned", {}).items():
+            self.turn(position, Coordinates(**coordinates))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

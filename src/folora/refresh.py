@@ -91,8 +91,9 @@ class ColumnGates:
         first: place of the first layer's B among the parameter groups; the others follow in order.
         every: steps between two readings.
         moments: C_p and C_t of a group.
-        gates_of: gates of any λ.
+        gates: of any λ, for each group.
         rotated: whether B's columns get coordinates.
+        gate_gradient: whether the gate multiplies the gradient instead of the update.
     """
 
     def __init__(
@@ -102,30 +103,33 @@ class ColumnGates:
         *,
         every: int,
         moments: Callable[[LayerGroup], tuple[Tensor, Tensor]],
-        gates_of: Callable[[Tensor], Tensor],
+        gates: list[Callable[[Tensor], Tensor]],
         rotated: bool,
+        gate_gradient: bool,
     ) -> None:
-        self._groups, self._first, self._every = groups, first, every
-        self._moments, self._gates_of, self._rotated = moments, gates_of, rotated
+        self._groups, self._first, self._every = list(zip(groups, gates, strict=True)), first, every
+        self._moments, self._rotated, self._gate_gradient = moments, rotated, gate_gradient
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
         if optimizer.steps % self._every == 0:
             position = self._first
-            for group in self._groups:
-                penalty, utility = self._moments(group)
+            for group, gates_of in self._groups:
+                moments = self._moments(group)
                 for layer in group.layers:
-                    optimizer.turn(position, self._read(optimizer, position, layer, penalty, utility))
+                    old = optimizer.coordinates[position].basis
+                    basis, eigenvalues = self._read(layer, *moments)
+                    carry_over(optimizer, [layer.B], old, basis)
+                    new = {"basis": None if basis is None else basis.float(), "gate": gates_of(eigenvalues).float()}
+                    optimizer.turn(position, Coordinates(**new, gate_gradient=self._gate_gradient))
                     position += 1
 
-    def _read(self, optimizer: Any, position: int, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> Coordinates:
+    def _read(self, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Coordinates (r, r) of the columns of a layer's B, if they get any, and their λ (r,)."""
         A = layer.A.double()
         seen_penalty, seen_utility = A @ penalty, A @ utility  # (r, d)
         if not self._rotated:
-            rows = (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
-            return Coordinates(gate=self._gates_of(rows).float())
+            return None, (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
         penalty, utility = seen_penalty @ A.mT, seen_utility @ A.mT
         eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=layer.name)
-        eigenvalues = eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out
-        carry_over(optimizer, [layer.B], optimizer.coordinates[position].basis, basis)
-        return Coordinates(basis=basis.float(), gate=self._gates_of(eigenvalues).float())
+        return basis, eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out

@@ -10,6 +10,7 @@ the direction-wise gate; the gate's form, the start and the treatment of B are o
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -18,6 +19,8 @@ from folora.methods.gated import GatedMethod
 from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from folora.adapter import AdaptedModel
@@ -58,20 +61,28 @@ class SpectralMethod(GatedMethod):
 
     def gates_for(self, group: LayerGroup) -> Tensor:
         """(d,) float32 gates of all directions, ascending; those of the basis are the last."""
-        return self.gates_of(group.spectrum.every_eigenvalue).float()
+        return self.gates_of(self.eigenvalues_for(group)).float()
 
-    def gates_of(self, eigenvalues: Tensor) -> Tensor:
-        """Gates of any λ, in float64."""
-        from folora.gate import soft_gate, tau_of_budget, tau_of_quantile
+    def eigenvalues_for(self, group: LayerGroup) -> Tensor:
+        """(d,) λ of all directions, in the order of their gates."""
+        return group.spectrum.every_eigenvalue
 
-        shape = {"exponent": self.exponent, "floor": self.floor}
+    def tau_of(self, eigenvalues: Tensor) -> float:
+        """τ as it was given, or solved from all λ of a layer input."""
+        from folora.gate import tau_of_budget, tau_of_quantile
+
         if isinstance(self.tau, Quantile):
-            tau = tau_of_quantile(eigenvalues, self.tau.quantile)
-        elif isinstance(self.tau, Budget):
-            tau = tau_of_budget(eigenvalues, self.tau.budget, **shape)
-        else:
-            tau = self.tau
-        return soft_gate(eigenvalues, tau=tau, **shape)
+            return tau_of_quantile(eigenvalues, self.tau.quantile)
+        if isinstance(self.tau, Budget):
+            return tau_of_budget(eigenvalues, self.tau.budget, exponent=self.exponent, floor=self.floor)
+        return self.tau
+
+    def gates_of(self, eigenvalues: Tensor, tau: float | None = None) -> Tensor:
+        """Gates of all λ of a layer input, in float64; of any λ where ``tau_of`` of the layer's is given."""
+        from folora.gate import soft_gate
+
+        tau = self.tau_of(eigenvalues) if tau is None else tau
+        return soft_gate(eigenvalues, tau=tau, exponent=self.exponent, floor=self.floor)
 
     def coordinates(self, group: LayerGroup) -> dict[str, Any]:
         basis = self.basis_for(group)
@@ -136,21 +147,37 @@ class FoLoRA(SpectralMethod):
         penalty, utility = self.moments(group)
         return scaled(directions(self.basis, penalty, utility), penalty, self.columns).float()
 
-    def gates_for(self, group: LayerGroup) -> Tensor:
+    def eigenvalues_for(self, group: LayerGroup) -> Tensor:
         if self.shrinkage is None and self.basis in ("generalised", "random"):
-            return super().gates_for(group)
+            return super().eigenvalues_for(group)
         from folora.directions import directions, quotients
 
         penalty, utility = self.moments(group)
         name = "generalised" if self.basis == "random" else self.basis
-        return self.gates_of(quotients(directions(name, penalty, utility), penalty, utility)).float()
+        return quotients(directions(name, penalty, utility), penalty, utility)
 
-    def gates_of(self, eigenvalues: Tensor) -> Tensor:
+    def tau_of(self, eigenvalues: Tensor) -> float:
+        """Of a hard gate the least λ that it opens."""
         if self.gate == "hard":
-            from folora.gate import hard_gate
+            from folora.gate import least_open
 
-            return hard_gate(eigenvalues, open_share=self.open_share, floor=self.floor)
-        return super().gates_of(eigenvalues)
+            return least_open(eigenvalues, self.open_share)
+        return super().tau_of(eigenvalues)
+
+    def gates_of(self, eigenvalues: Tensor, tau: float | None = None) -> Tensor:
+        if self.gate == "hard":
+            from folora.gate import hard_gate, step_gate
+
+            if tau is None:
+                return hard_gate(eigenvalues, open_share=self.open_share, floor=self.floor)
+            return step_gate(eigenvalues, least=tau, floor=self.floor)
+        return super().gates_of(eigenvalues, tau)
+
+    def column_gates(self, group: LayerGroup) -> Callable[[Tensor], Tensor]:
+        """Gates of the λ of B's columns, by the τ of their layer: ranks among r values would say nothing of it."""
+        if self.gate == "soft" and isinstance(self.tau, float):
+            return self.gates_of
+        return partial(self.gates_of, tau=self.tau_of(self.eigenvalues_for(group)))
 
     def moments(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
         """C_p and C_t as the pencil sees them, float64."""
@@ -205,8 +232,9 @@ class FoLoRA(SpectralMethod):
                 first,
                 every=self.refresh_b,
                 moments=self.moments,
-                gates_of=self.gates_of,
+                gates=[self.column_gates(group) for group in adapted.groups],
                 rotated=self.gate_b == "full",
+                gate_gradient=self.gate_on == "gradient",
             )
             optimizer.register_step_pre_hook(of_columns)
         return optimizer

@@ -22,8 +22,8 @@ class Uniform(FoLoRA):
     kind: Literal["uniform"]  # type: ignore[assignment]
     paper: ClassVar[str] = "control"
 
-    def gates_of(self, eigenvalues: Tensor) -> Tensor:
-        gates = super().gates_of(eigenvalues)
+    def gates_of(self, eigenvalues: Tensor, tau: float | None = None) -> Tensor:
+        gates = super().gates_of(eigenvalues, tau)
         return gates.mean().expand_as(gates)
 
 
