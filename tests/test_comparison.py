@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from folora.comparison import Record, best_rate, compare, last_checkpoints, seed_curve
+from folora.comparison import compare, seed_curve
+from folora.selection import Record, best_rate, last_checkpoints
 
 BASE = {"target": 0.0, "validation": 0.1, "kept": 1.0, "kl": 0.0, "perplexity": 2.0, "kept/add": 0.9, "kept/max": 1.0}
 
