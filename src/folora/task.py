@@ -257,13 +257,10 @@ def tokenise(number: int, segments: Segments, settings: Task, tokenizer: PreTrai
         FoLoRAError: a character is unknown, or the row too long and to be refused.
     """
     chat = settings.chat or settings.messages is not None
-    ids, learned = [], []
-    for position, (text, counts) in enumerate(segments):
-        # a chat template writes its special tokens itself
-        new = tokenizer(text, add_special_tokens=position == 0 and not chat)["input_ids"]
-        if position == 0 and new[:1] != [tokenizer.bos_token_id]:
-            # some tokenizers add none; proxy text and evaluation start with it
-            new = [tokenizer.bos_token_id, *new]
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, counts in segments:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"] if ids else encode(text, tokenizer)
         ids += new
         learned += [counts] * len(new)
     if not chat:
@@ -280,6 +277,12 @@ def tokenise(number: int, segments: Segments, settings: Task, tokenizer: PreTrai
             "raise tasks.*.max_length, shorten the row, or say with tasks.*.too_long what becomes of it"
         )
     return TokenRow(ids, learned)
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text with BOS first, once: some tokenizers add none, others more, and chat templates write it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
 def fitted(sequence: TokenRow, settings: Task) -> TokenRow | None:
