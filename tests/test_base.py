@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import DataCollatorForSeq2Seq
 
 from folora.base import digests, open_base
 from folora.errors import FoLoRAError
+from folora.foundation import character_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,3 +89,21 @@ def test_padding_lies_on_the_right_whatever_the_tokenizer_says(tiny: Path) -> No
     batch = collate([{"input_ids": [1, 5, 6, 2], "labels": [-100, 5, 6, 2]}, {"input_ids": [1, 7], "labels": [1, 7]}])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     assert batch["labels"][1].tolist() == [1, 7, -100, -100]
+
+
+@pytest.mark.parametrize("single", ["<s> $A </s>", "$A </s>"])
+def test_a_tokenizer_ends_no_text_by_itself(single: str, tiny: Path) -> None:
+    """What the harness asks is a prompt, which goes on."""
+    tokenizer = character_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    tokenizer.save_pretrained(tiny / "foundation")
+    loaded = repin(tiny / "foundation").load_tokenizer()
+    assert tokenizer("1+2")["input_ids"][-1] == loaded.eos_token_id
+    assert loaded.convert_ids_to_tokens(loaded("1+2")["input_ids"]) == ["<s>", "1", "+", "2"]
+
+
+def test_a_tokenizer_that_cannot_be_kept_from_it_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folora.base._ends_texts", lambda _: True)
+    with pytest.raises(FoLoRAError, match="puts EOS after every text: set add_eos_token: false"):
+        repin(tiny / "foundation").load_tokenizer()

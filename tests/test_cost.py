@@ -12,6 +12,7 @@ from folora.cli import app
 from folora.commands.cost import costs_here, write_page
 from folora.costs import LEDGER, Cost, keep_cost, read_costs
 from folora.errors import FoLoRAError
+from folora.params import Params
 from folora.report import write_report
 
 if TYPE_CHECKING:
@@ -134,6 +135,21 @@ def test_without_the_reference_nothing_is_relative(pipeline: Pipeline, in_tmp: P
     (method,) = costs_here(pipeline.params, runs)[1]
     assert method.relative_step is method.relative_peak is None
     assert method.cells()[3] == method.cells()[5] == "–"
+
+
+def test_a_run_resumed_with_no_step_left_has_no_time_of_a_step(pipeline: Pipeline, in_tmp: Path) -> None:
+    runs = in_tmp / "runs"
+    second = "folora-replay-1e-2-s1"
+    values = pipeline.values()
+    values["runs"][second] = values["runs"][RUNS["folora-replay"]] | {"seed": 1}
+    folder = f"{runs}/folora-replay"
+    resumed = Cost("train", f"{folder}/{second}", 4.0, 3.0, 300)
+    costs = [Cost("train", f"{folder}/{RUNS['folora-replay']}", 40.0, 30.0, 500, 0.06), resumed]
+    write([*costs, Cost("train", place("lora", runs), 4.0, 3.0, 300)])
+    lora, replay = costs_here(Params.model_validate(values), runs)[1]
+    assert (replay.runs, replay.step, replay.peak) == (2, 0.06, 400)
+    assert lora.step is lora.relative_step is replay.relative_step is None
+    assert lora.cells() == ["lora", "1", "–", "–", "0 MiB", "1.00 ×"]
 
 
 def test_a_folder_where_nothing_ran_says_so(pipeline: Pipeline, in_tmp: Path) -> None:

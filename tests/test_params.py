@@ -93,6 +93,19 @@ def test_bad_value_is_one_line_with_key_and_range(
     assert expected in line
 
 
+def test_stages_have_names_of_their_own(tiny_values: dict[str, Any]) -> None:
+    """Snakemake writes _ for -, and DVC joins the names of a task and a source with one."""
+    run = tiny_values["runs"]["lora-3e-3-s0"]
+    expected = "runs: 'lora-3e-3-s0' and 'lora_3e-3_s0' name one Snakemake rule, lora_3e_3_s0: rename one"
+    with pytest.raises(ValueError, match=expected):
+        Params.model_validate(changed(tiny_values, "runs.lora_3e-3_s0", run))
+    task, source = tiny_values["tasks"]["subtraction"], tiny_values["proxy"]["sources"]["sampled"]
+    values = changed(tiny_values, "tasks.subtraction-a", task)
+    Params.model_validate(values)
+    with pytest.raises(ValueError, match=r"tasks, proxy\.sources: '(.*)' and '\1' name one Snakemake rule"):
+        Params.model_validate(changed(values, "proxy.sources.a-sampled", source))
+
+
 def test_heads_must_divide_the_width(tiny_values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="width 32 must be a multiple of twice the heads"):
         Params.model_validate(changed(tiny_values, "foundation.heads", 3))

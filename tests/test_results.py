@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from folora.cli import app
 from folora.commands.compare import compare_runs
+from folora.commands.export import Places, export_run
 from folora.commands.pick import Choice, pick_run, usage
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
@@ -45,24 +46,44 @@ def results(evaluations: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_last_checkpoint_counts(pipeline: Pipeline, results: Path) -> None:
-    assert final_record(pipeline.params, LORA, results).items() >= {"step": 6, **FINAL[LORA]}.items()
+def test_the_last_checkpoint_counts(pipeline: Pipeline, runs: Path, results: Path) -> None:
+    assert final_record(pipeline.params, LORA, runs, results).items() >= {"step": 6, **FINAL[LORA]}.items()
     assert base_record("subtraction", results)["kept"] == 0.8
 
 
-def test_what_is_not_there_is_named(pipeline: Pipeline, results: Path) -> None:
+def test_what_is_not_there_is_named(pipeline: Pipeline, runs: Path, results: Path) -> None:
     with pytest.raises(FoLoRAError, match=rf"^runs: 'nope' is not in params.yaml; there are {LORA}, {REPLAY}$"):
-        final_record(pipeline.params, "nope", results)
+        final_record(pipeline.params, "nope", runs, results)
     with pytest.raises(FoLoRAError, match=r"base/metrics\.parquet: no result of spelled: dvc repro evaluate-base$"):
         base_record("spelled", results)
     shutil.rmtree(results / "lora")
     with pytest.raises(FoLoRAError, match=r"lora/metrics\.parquet: not found"):
-        final_record(pipeline.params, LORA, results)
+        final_record(pipeline.params, LORA, runs, results)
+
+
+def test_figures_of_another_training_are_refused(pipeline: Pipeline, runs: Path, results: Path, tmp_path: Path) -> None:
+    """A run was trained again, and not evaluated since."""
+    again = shutil.copytree(runs, tmp_path / "again")
+    manifest = again / "lora" / LORA / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"model": "another"})
+    stale = rf"lora/metrics\.parquet: no result of {LORA} as it is trained now: dvc repro evaluate@lora$"
+    places = Places(again, results, pipeline.foundation, pipeline.heldout)
+    for use in (
+        lambda: compare_runs(pipeline.params, REPLAY, LORA, again, results),
+        lambda: pick_run(pipeline.params, "subtraction", 0.0, again, results),
+        lambda: export_run(pipeline.params, LORA, places, tmp_path / "out", merge=False),
+    ):
+        with pytest.raises(FoLoRAError, match=stale):
+            use()
+    assert final_record(pipeline.params, REPLAY, again, results)["kept"] == FINAL[REPLAY]["kept"]
+    shutil.rmtree(manifest.parent)
+    with pytest.raises(FoLoRAError, match=rf"{LORA}/manifest\.json: not found: run the stage that makes it"):
+        final_record(pipeline.params, LORA, again, results)
 
 
 # compare
-def test_runs_side_by_side(pipeline: Pipeline, results: Path) -> None:
-    pair = compare_runs(pipeline.params, LORA, REPLAY, results)
+def test_runs_side_by_side(pipeline: Pipeline, runs: Path, results: Path) -> None:
+    pair = compare_runs(pipeline.params, LORA, REPLAY, runs, results)
     assert pair.parameters["run.learning_rate"] == (0.003, 0.01)
     assert pair.parameters["method.replay"] == (0, 4)
     assert pair.parameters["method.gate"] == (None, "soft")
@@ -75,8 +96,8 @@ def test_runs_side_by_side(pipeline: Pipeline, results: Path) -> None:
     assert rows["method.gate"] == ["–", "soft", ""]
 
 
-def test_compare_as_json(pipeline: Pipeline, results: Path, save_params: SaveParams) -> None:
-    options = ["--evaluations", str(results), "--params", str(save_params(pipeline.values()))]
+def test_compare_as_json(pipeline: Pipeline, runs: Path, results: Path, save_params: SaveParams) -> None:
+    options = ["--runs", str(runs), "--evaluations", str(results), "--params", str(save_params(pipeline.values()))]
     done = CliRunner().invoke(app, ["compare", LORA, REPLAY, "--json", *options])
     said = json.loads(done.stdout)
     assert said["runs"] == [LORA, REPLAY]

@@ -178,17 +178,23 @@ def test_failure_keeps_what_was_there(error: BaseException, folder: bool, tmp_pa
 def test_what_a_killed_process_left_is_removed(folder: bool, tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    dead, alive, other = (
+    dead, own, alive, other = (
         tmp_path / f".{name}.{pid}.partial"
-        for name, pid in (("x.json", process.pid), ("x.json", os.getppid()), ("y.json", process.pid))
+        for name, pid in (
+            ("x.json", process.pid),
+            ("x.json", os.getpid()),  # as a container gives it again
+            ("x.json", os.getppid()),
+            ("y.json", process.pid),
+        )
     )
-    for path in (dead, alive, other):
+    for path in (dead, own, alive, other):
         if folder:
             path.mkdir()
         else:
             path.touch()
     with publish(tmp_path / "x.json") as partial:
-        partial.touch()
+        assert partial == own
+        partial.touch(exist_ok=False)
     assert sorted(tmp_path.iterdir()) == sorted([alive, other, tmp_path / "x.json"])
 
 

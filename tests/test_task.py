@@ -10,14 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from folora.base import digests, open_base
 from folora.download import download
 from folora.errors import FoLoRAError
+from folora.foundation import character_tokenizer
 from folora.params import Download, Task
-from folora.rows import read_rows
+from folora.rows import encode, read_rows
 from folora.storage import read_json, read_table, write_json
-from folora.task import TokenRow, packed, prepare_task
+from folora.task import TokenRow, packed, prepare_task, tokenise
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -320,3 +322,15 @@ def test_a_full_cache_is_not_taken_for_bad_data(
         read_rows(str(source), "tasks.*.dataset")
     with pytest.raises(FoLoRAError, match=expected):
         download("mine", Download(dataset=str(source), config=None, split="train", revision=None), tmp_path / "out")
+
+
+@pytest.mark.parametrize("single", ["<s> $A </s>", "$A", "$A </s>"])
+def test_a_tokenizer_s_own_special_tokens_are_left_out(single: str, tiny_params: Params) -> None:
+    """A row has one BOS at its beginning and one EOS at its end."""
+    tokenizer = character_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
+    row = tokenise(0, [("1+2>", False), ("3", True)], tiny_params.tasks["subtraction"], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(row.ids) == ["<s>", "1", "+", "2", ">", "3", "</s>"]
+    assert row.learned == [False] * 5 + [True] * 2
+    assert encode("<s>1", tokenizer) == encode("1", tokenizer)  # a chat template writes BOS itself

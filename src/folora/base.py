@@ -256,15 +256,16 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the right, with EOS where it has no padding token.
+    """Load a tokenizer that pads on the right, with EOS where it has no padding token, and ends no text by itself.
 
     Raises:
-        FoLoRAError: it cannot be read, has no EOS, no BOS and none is named, or does not know the one that is.
+        FoLoRAError: it cannot be read, has no EOS, no BOS and none is named, does not know the one that is, or cannot
+            be kept from ending every text.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, configuration_errors()):
             raise
@@ -281,8 +282,19 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
         raise FoLoRAError(f"foundation.loading.bos_token: the tokenizer of {folder} has no bos_token: {advice}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if _ends_texts(tokenizer):  # the harness would ask what follows the end of a text
+        tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+        if _ends_texts(tokenizer):
+            advice = "set add_eos_token: false in its tokenizer_config.json"
+            raise FoLoRAError(f"{folder}: its tokenizer puts EOS after every text: {advice}")
     tokenizer.padding_side = "right"  # as the objective cuts micro-batches; Llama's and Gemma's own default is left
     return tokenizer
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer puts EOS after a text, even an empty one."""
+    ids = tokenizer("")["input_ids"]
+    return bool(ids[-1:] == [tokenizer.eos_token_id] and ids != [tokenizer.bos_token_id])  # one token may be both
 
 
 def with_plain_layers(model: PreTrainedModel) -> None:

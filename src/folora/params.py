@@ -16,6 +16,7 @@ from folora.methods import Method, method_from
 from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -362,6 +363,27 @@ class Params(Section):
             raise ValueError(f"spectrum.directions: {self.spectrum.directions} is less than {rank}: A needs as many")
         if self.report.reference not in self.methods:
             raise ValueError(f"report.reference: {self.report.reference!r} is not one of methods")
+        return self
+
+    @model_validator(mode="after")
+    def _stages_have_names_of_their_own(self) -> Params:
+        tables: dict[str, Iterable[str]] = {
+            "downloads": self.downloads,
+            "tasks": self.tasks,
+            "proxy.sources": self.proxy.sources,
+            "methods": self.methods,
+            "runs": self.runs,
+            # how DVC names a spectrum
+            "tasks, proxy.sources": [f"{task}-{source}" for task in self.tasks for source in self.proxy.sources],
+        }
+        for table, names in tables.items():
+            rules: dict[str, str] = {}
+            for name in names:
+                rule = name.replace("-", "_")
+                if rule in rules:
+                    both = f"{rules[rule]!r} and {name!r}"
+                    raise ValueError(f"{table}: {both} name one Snakemake rule, {rule}: rename one")
+                rules[rule] = name
         return self
 
     def evaluation_tasks(self) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folora.params import CorpusSource, SampledSource
-from folora.rows import HELDOUT, read_rows, render
+from folora.rows import HELDOUT, encode, read_rows, render
 from folora.scratch import kept, scratch
 from folora.storage import digest_of_folder, write_table
 
@@ -137,8 +137,8 @@ def _from_corpus(base: Base, source: CorpusSource, corpora: Path) -> Draw:
     def draw(uniforms: Tensor) -> list[Sample]:
         rows = []
         for number in (uniforms[:, 0] * len(texts)).long().tolist():
-            ids = [*tokenizer(texts[number], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            rows.append([tokenizer.bos_token_id, *ids[: uniforms.shape[1]]])
+            ids = [*encode(texts[number], tokenizer), tokenizer.eos_token_id]
+            rows.append(ids[: uniforms.shape[1] + 1])
         return [Sample(ids, [], finished=ids[-1] == tokenizer.eos_token_id) for ids in rows]
 
     return draw

@@ -14,6 +14,7 @@ from folora.storage import with_columns
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 MaskedRow = tuple[list[int], list[bool]]  # token ids, BOS first, and which of them are learned
 HELDOUT = "heldout"  # the base model's own text that drift is measured on; stands for its shard in manifest and seeds
@@ -113,6 +114,12 @@ def _refuse_missing(value: Any) -> Any:
     if value is None:
         raise ValueError("a value is missing")
     return value
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text with BOS first, once: some tokenizers add none, others more, and chat templates write it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids if ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id, *ids]
 
 
 def masked_rows(path: Path, table: pa.Table) -> list[MaskedRow]:

@@ -60,7 +60,7 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{escape(path.name)}.*.partial"):
-            if abandoned(left):
+            if left == partial or abandoned(left):  # in a container a process often has the id of the one before it
                 _remove(left)
         yield partial
         if path.is_dir():

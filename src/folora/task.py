@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.rows import TEMPLATE_ERRORS, read_rows, render
+from folora.rows import TEMPLATE_ERRORS, encode, read_rows, render
 from folora.storage import write_table
 
 if TYPE_CHECKING:
@@ -146,13 +146,10 @@ def tokenise(number: int, segments: Segments, settings: Task, tokenizer: PreTrai
         FoLoRAError: a character is unknown, or the row too long and to be refused.
     """
     chat = settings.chat or settings.messages is not None
-    ids, learned = [], []
-    for position, (text, counts) in enumerate(segments):
-        # a chat template writes its special tokens itself
-        new = tokenizer(text, add_special_tokens=position == 0 and not chat)["input_ids"]
-        if position == 0 and new[:1] != [tokenizer.bos_token_id]:
-            # some tokenizers add none; proxy text and evaluation start with it
-            new = [tokenizer.bos_token_id, *new]
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, counts in segments:
+        new = tokenizer(text, add_special_tokens=False)["input_ids"] if ids else encode(text, tokenizer)
         ids += new
         learned += [counts] * len(new)
     if not chat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from folora.divergence import HeldOutText, TokenDivergence
-from folora.rows import HELDOUT, PROXY_COLUMNS, read_rows, render
+from folora.rows import HELDOUT, PROXY_COLUMNS, encode, read_rows, render
 from folora.storage import read_table
 
 if TYPE_CHECKING:
@@ -69,11 +69,7 @@ def token_rows(text: Text, name: str, folder: Path, tokenizer: PreTrainedTokeniz
     dataset = str(folder / text.dataset)
     rows = read_rows(dataset, f"evaluation.texts.{name}.dataset")
     chosen = rows.select(range(min(text.rows, len(rows))))
-    made = [
-        [tokenizer.bos_token_id, *tokenizer(one, add_special_tokens=False)["input_ids"]]
-        for (one,) in render(chosen, [text.text], dataset)
-    ]
-    return [ids[: text.max_length] for ids in made]
+    return [encode(one, tokenizer)[: text.max_length] for (one,) in render(chosen, [text.text], dataset)]
 
 
 def figures(readings: Readings) -> dict[str, float]:

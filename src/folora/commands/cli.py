@@ -136,6 +136,7 @@ def doctor(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) ->
 def compare(
     first: Annotated[str, typer.Argument(help="Entry of runs in params.yaml.")],
     second: Annotated[str, typer.Argument(help="Another.")],
+    runs: Runs = RUNS,
     evaluations: Evaluations = EVALUATIONS,
     as_json: AsJson = False,
     params_file: ParamsFile = DEFAULT_PARAMS,
@@ -144,7 +145,7 @@ def compare(
     from folora.commands.compare import compare_runs
     from folora.params import load_params
 
-    pair = compare_runs(load_params(params_file), first, second, evaluations)
+    pair = compare_runs(load_params(params_file), first, second, runs, evaluations)
     if as_json:
         _print_json(pair.as_json())
     else:

@@ -41,13 +41,13 @@ class Pair:
         return {"runs": (self.first, self.second), "parameters": self.parameters, "figures": figures}
 
 
-def compare_runs(params: Params, first: str, second: str, evaluations: Path) -> Pair:
+def compare_runs(params: Params, first: str, second: str, runs: Path, evaluations: Path) -> Pair:
     """Compare two runs of params.yaml at their last checkpoints.
 
     Raises:
-        FoLoRAError: a run is not in params.yaml, or was not measured.
+        FoLoRAError: a run is not in params.yaml, is not trained, or was not measured since.
     """
-    results = [final_record(params, run, evaluations) for run in (first, second)]
+    results = [final_record(params, run, runs, evaluations) for run in (first, second)]
     values = [flatten(run_params(params, run)) for run in (first, second)]
     names = dict.fromkeys(name for each in values for name in each)
     parameters = {name: (values[0].get(name), values[1].get(name)) for name in names}

@@ -45,13 +45,16 @@ class StageCost:
 
 @dataclass(frozen=True)
 class MethodCost:
-    """A method's training: seconds of a step and bytes of memory, means over its runs, and against the reference."""
+    """A method's training: seconds of a step and bytes of memory, means over its runs, and against the reference.
+
+    A run that was resumed with no step left to train has no time of a step, and is left out of that mean.
+    """
 
     HEAD: ClassVar = ["method", "runs", "step", "against", "memory", "against"]
 
     method: str
     runs: int
-    step: float
+    step: float | None
     relative_step: float | None
     peak: float
     relative_peak: float | None
@@ -60,7 +63,8 @@ class MethodCost:
         """Cells of a table."""
         relative = ["–" if one is None else f"{one:.2f} ×" for one in (self.relative_step, self.relative_peak)]
         memory = f"{self.peak / MEBIBYTE:.0f} MiB"
-        return [self.method, str(self.runs), f"{1000 * self.step:.1f} ms", relative[0], memory, relative[1]]
+        step = "–" if self.step is None else f"{1000 * self.step:.1f} ms"
+        return [self.method, str(self.runs), step, relative[0], memory, relative[1]]
 
 
 def costs_here(params: Params, runs: Path) -> tuple[list[StageCost], list[MethodCost]]:
@@ -111,14 +115,15 @@ def _of_methods(params: Params, costs: dict[str, Cost], runs: Path) -> list[Meth
         places = [(runs / method / name).as_posix() for name in params.runs_of(method)]
         each = [costs[place] for place in places if place in costs]
         if each:
-            means[method] = len(each), fmean(c.step or 0.0 for c in each), fmean(c.peak for c in each)
+            steps = [c.step for c in each if c.step is not None]
+            means[method] = len(each), fmean(steps) if steps else None, fmean(c.peak for c in each)
     reference = means.get(params.report.reference)
     return [
         MethodCost(
             method,
             count,
             step,
-            step / reference[1] if reference and reference[1] else None,
+            step / reference[1] if step is not None and reference and reference[1] else None,
             peak,
             peak / reference[2] if reference else None,
         )

@@ -87,7 +87,7 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
     Raises:
         FoLoRAError: the run is missing, not measured, changes whole weights and is not merged, or a merge went wrong.
     """
-    found = final_record(params, name, places.evaluations)
+    found = final_record(params, name, places.runs, places.evaluations)
     before = base_record(params.runs[name].task, places.evaluations)
     folder = places.runs / params.runs[name].method / name
     base = open_base(places.foundation)

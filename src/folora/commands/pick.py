@@ -59,14 +59,14 @@ def pick_run(params: Params, task: str, keep: float, runs: Path, evaluations: Pa
         evaluations: folder with the results.
 
     Raises:
-        FoLoRAError: no run on this task kept so much, or one was not measured.
+        FoLoRAError: no run on this task kept so much, or one is not trained, or was not measured since.
     """
     base = base_record(task, evaluations)["kept"]
     choices = []
     for name, run in params.runs.items():
         if run.task != task:
             continue
-        found = final_record(params, name, evaluations)
+        found = final_record(params, name, runs, evaluations)
         figures = {key: found[key] for key in ("validation", "target", "kept", "kl")}
         share = found["kept"] / base if base else 1.0
         adapter = runs / run.method / name / "adapter"

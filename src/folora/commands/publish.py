@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from folora.commands.results import results_of
 from folora.errors import FoLoRAError
 from folora.records import base_records, read_record, source_tags
 from folora.selection import BASE
-from folora.storage import MANIFEST_FILE, METRICS_FILE, identity_of, read_json, read_table
+from folora.storage import MANIFEST_FILE, METRICS_FILE
 from folora.tracking import send_all
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def publish_runs(params: Params, runs: Path, evaluations: Path, uri: str) -> Pub
         if not (folder / MANIFEST_FILE).exists():
             done.missing.append(name)
             continue
-        results = results_of(folder, evaluations / run.method / METRICS_FILE)
+        metrics = evaluations / run.method / METRICS_FILE
+        results = results_of(folder, metrics) if metrics.exists() else []
         records.append(read_record(folder, results, source))
         (done.sent if results else done.unmeasured).append(name)
     measured = evaluations / BASE / METRICS_FILE
@@ -57,12 +59,3 @@ def publish_runs(params: Params, runs: Path, evaluations: Path, uri: str) -> Pub
         raise FoLoRAError(f"{runs}: holds no finished run of params.yaml: run `dvc repro` first")
     send_all(uri, params.tracking.experiment, records)
     return done
-
-
-def results_of(run: Path, metrics: Path) -> list[dict[str, Any]]:
-    """The rows of an evaluation that were measured on this very training of a run."""
-    if not metrics.exists():
-        return []
-    table, about = read_table(metrics, artefact="metrics")
-    measured = about.get("runs", {}).get(run.name) == identity_of(read_json(run / MANIFEST_FILE))
-    return [row for row in table.to_pylist() if row["run"] == run.name] if measured else []
