@@ -213,7 +213,7 @@ def test_halves_of_the_proxy_text_are_compared(
         difference = gate_difference(*halves, one.utility.double(), one.shrinkage)
         assert record["gate_difference"] == pytest.approx(difference, rel=1e-6)
         assert record["tokens_needed"] == tokens_needed(manifest["proxy_tokens"], record["gate_difference"])
-        assert record["tokens_per_width"] == pytest.approx(manifest["proxy_tokens"] / one.health["width"])
+        assert record["tokens_per_width"] == pytest.approx(manifest["proxy_tokens"] / one.health.width)
     inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
     monkeypatch.setattr("folora.stability.GATE_DIFFERENCE", 1e-6)
     compute_spectrum(pipeline.params, *inputs)

@@ -16,13 +16,14 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
+from folora.health import PencilHealth
 from folora.shrinkage import shrinkage_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Pencil:
 
     basis: Tensor
     eigenvalues: Tensor
-    health: dict[str, Any]
+    health: PencilHealth
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class LayerSpectrum:
     shrinkage: float
     proxy_tokens: int
     proxy_fourth: float
-    health: dict[str, Any]
+    health: PencilHealth
 
     @property
     def every_eigenvalue(self) -> Tensor:
@@ -181,7 +182,7 @@ def layer_spectrum(
         eigenvalues=pencil.eigenvalues,
         penalty=penalty.float(),
         utility=utility.float(),
-        shrinkage=pencil.health["shrinkage"],
+        shrinkage=pencil.health.shrinkage,
         proxy_tokens=proxy_tokens,
         proxy_fourth=proxy_fourth,
         health=pencil.health,
@@ -235,17 +236,17 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
     overlap = V.mT @ penalised
     overlap[checked, torch.arange(len(checked), device=V.device)] -= 1
     largest, smallest = extreme_eigenvalues(C_p, L)
-    health = {
-        "width": d,
-        "shrinkage": ridge,
-        "residual": float((found - penalised * eigenvalues[checked]).norm() / found.norm()),
-        "orthonormality": float(overlap.abs().max()),
-        "condition": largest / smallest,
-        "top_share": max(0.0, (largest - ridge) / (1 - ridge) / d),
-        "penalty_rank": effective_rank(penalty),
-        "utility_rank": effective_rank(utility),
-        "left_out": float(left_out),
-    }
+    health = PencilHealth.model_construct(  # unchecked: a figure that is not finite is a breach, with its layer's name
+        width=d,
+        shrinkage=ridge,
+        residual=float((found - penalised * eigenvalues[checked]).norm() / found.norm()),
+        orthonormality=float(overlap.abs().max()),
+        condition=largest / smallest,
+        top_share=max(0.0, (largest - ridge) / (1 - ridge) / d),
+        penalty_rank=effective_rank(penalty),
+        utility_rank=effective_rank(utility),
+        left_out=float(left_out),
+    )
     scale = (d / inverse_trace).sqrt()  # c = √(d / tr C_p⁻¹), so that all of V̂ has the Frobenius norm √d
     return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
 
