@@ -9,6 +9,8 @@ from torch import Tensor
 
 from folora.errors import FoLoRAError
 from folora.gate import soft_gate
+from folora.health import LEADING, breaches
+from folora.moments import Moments
 from folora.pencil import (
     effective_rank,
     estimated_inverse_trace,
@@ -16,6 +18,7 @@ from folora.pencil import (
     krylov_columns,
     normalise,
     solve,
+    solve_spectrum,
 )
 
 WIDTH = 7
@@ -235,6 +238,38 @@ def test_the_greatest_directions_alone_are_those_of_the_whole_spectrum(rank: int
         operators.append((L.mT @ V) * soft_gate(one.eigenvalues, tau=1.0, exponent=1.0, floor=0.0) @ (V.mT @ L))
     bound = part.health.left_out / (1 + part.health.left_out)
     assert torch.linalg.matrix_norm(operators[0] - operators[1], 2) <= bound + 1e-3
+
+
+def flat(d: int) -> tuple[Tensor, Tensor]:
+    """A penalty and a utility of white tokens: nothing sets the greatest λ apart from the next."""
+    penalty, utility = (noise(seed, d, count) for seed, count in ((1, 20 * d), (2, 4 * d)))
+    return penalty @ penalty.mT, utility @ utility.mT
+
+
+@pytest.mark.parametrize("d", [300, 600])  # in the end the whole spectrum, and a basis of 512 columns
+def test_the_krylov_basis_grows_until_the_directions_have_converged(d: int) -> None:
+    penalty, utility = flat(d)
+    whole = solve(penalty, utility, shrinkage=0.01, name="x")
+    part = solve(penalty, utility, shrinkage=0.01, directions=16, name="x")
+    torch.testing.assert_close(part.eigenvalues, whole.eigenvalues[-16:], rtol=1e-3, atol=0)
+    assert part.health.residual <= LEADING
+    assert whole.eigenvalues[-17] <= part.health.left_out <= 1.05 * whole.eigenvalues[-17]
+
+
+def test_directions_that_do_not_converge_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folora.pencil.KRYLOV_DOUBLINGS", 0)
+    penalty, utility = (Moments({"x": C}, {"x": torch.tensor(1.0)}, 1) for C in flat(300))
+    expected = "x: the residual of its pencil is 2e-01, more than 1e-02: raise spectrum.directions"
+    with pytest.raises(FoLoRAError, match=expected):
+        solve_spectrum(penalty, utility, {"x": ["x"]}, 0.01, directions=16)
+    assert solve_spectrum(penalty, utility, {"x": ["x"]}, 0.01, directions=200).inputs["x"].health.residual <= LEADING
+
+
+def test_a_residual_that_is_no_number_is_a_breach() -> None:
+    health = solve(moment(1), moment(2), shrinkage=0.01, name="x").health
+    assert breaches({"x": health}) == []
+    (line,) = breaches({"x": health.model_copy(update={"residual": math.nan})})
+    assert line.startswith("x: the residual of its pencil is nan, more than")
 
 
 def test_a_few_of_a_narrow_input_s_directions_are_cut_off_the_whole_spectrum() -> None:

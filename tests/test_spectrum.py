@@ -197,7 +197,7 @@ def test_a_pencil_that_is_not_solved_well_is_not_written(
     monkeypatch.chdir(tmp_path)  # where solved inputs stay, for a stage that goes on
     monkeypatch.setattr("folora.health.SOLVED", 1e-17)
     inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
-    with pytest.raises(FoLoRAError, match=r"x: model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
+    with pytest.raises(FoLoRAError, match=r"^model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
         compute_spectrum(*inputs, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == [".folora"]
 

@@ -74,13 +74,13 @@ class SpectrumManifest(BaseModel):
 
 
 def breaches(health: Mapping[str, PencilHealth]) -> list[str]:
-    """One line for each figure of a layer input that is beyond its limit."""
+    """One line for each figure of a layer input that is beyond its limit, and what to do."""
     return [
-        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}"
+        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}: raise spectrum.{remedy}"
         for name, record in health.items()
-        for figure, value, limit in (
-            ("residual", record.residual, LEADING if record.left_out else SOLVED),
-            ("orthonormality", record.orthonormality, SOLVED),
+        for figure, value, limit, remedy in (
+            ("residual", record.residual, *((LEADING, "directions") if record.left_out else (SOLVED, "shrinkage"))),
+            ("orthonormality", record.orthonormality, SOLVED, "shrinkage"),
         )
         if not value <= limit
     ]

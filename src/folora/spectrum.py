@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
-from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens, too_many_loops
+from folora.health import SINGLE, STORED, SpectrumManifest, breaches, too_few_tokens, too_many_loops
 from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
 from folora.scratch import scratch
 from folora.stability import stability
@@ -80,7 +80,6 @@ def compute_spectrum(
         text = {field: sum(one[field] for one in proxy.manifests) for field in ("sequences", "loops")}
         manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": records, **text}
         health = fields_of(output, SpectrumManifest, manifest).health
-        _refuse_breaches(output, health)
         for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
             if warning:
                 logger.warning("%s, %s: %s", task, source, warning)
@@ -106,7 +105,8 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
     """
     tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
     about = fields_of(path, SpectrumManifest, manifest)
-    _refuse_breaches(path, about.health)
+    if found := breaches(about.health):
+        raise FoLoRAError(f"{path}: {found[0]}")
     absent = [name for name in (f"{name}.{field}" for name in about.groups for field in FIELDS) if name not in tensors]
     if absent:
         raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
@@ -121,14 +121,9 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
         for name, record in about.health.items()
     }
     for name, one in inputs.items():
-        if found := defect(one):
-            raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
+        if wrong := defect(one):
+            raise FoLoRAError(f"{path}: {name}: {wrong}: delete it and run its stage again")
     return Spectrum(inputs, about.groups)
-
-
-def _refuse_breaches(path: Path, health: dict[str, HealthRecord]) -> None:
-    if found := breaches(health):
-        raise FoLoRAError(f"{path}: {found[0]}: raise spectrum.shrinkage")
 
 
 def defect(one: LayerSpectrum) -> str | None:
