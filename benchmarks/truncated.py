@@ -69,7 +69,7 @@ def check_gates(width: int, directions: int) -> None:
     part = solve(penalty, utility, shrinkage=0.01, directions=directions, name="x")
     bound, expected, found = (
         soft_gate(values, tau=1.0, exponent=1.0, floor=0.0)
-        for values in (torch.tensor([part.health["left_out"]]), whole.eigenvalues, part.eigenvalues)
+        for values in (torch.tensor([part.health.left_out]), whole.eigenvalues, part.eigenvalues)
     )
     assert (expected[:-directions] <= bound + 1e-9).all()
     assert (expected[-directions:] - found).abs().max() < 1e-3

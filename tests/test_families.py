@@ -48,7 +48,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from folora.adapter import WEIGHTS_FILE, load_checkpoint
+from folora.adapter import NOTABLE_ROUNDING, WEIGHTS_FILE, load_checkpoint
 from folora.base import open_base
 from folora.commands.export import Places, export_run, write_merged
 from folora.commands.plan import head_line
@@ -336,6 +336,22 @@ def test_every_adapter_starts_on_a_bfloat16_base(kind: str) -> None:
     adapted = method.adapt(model, context()).model(**BATCH).logits
     rounding = 0.3 * float(before.detach().abs().max()) if isinstance(method, SplitMethod) or kind == "dora" else 0.0
     torch.testing.assert_close(adapted, before, atol=rounding, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "milora", "corda", "lora-null", "sc-lora"])
+def test_the_rounding_of_what_is_left_of_w_is_measured(kind: str) -> None:
+    """What is exported is B A - B₀A₀ on W, and what was trained the rounded rest of W and B A."""
+    worst = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        adapted = method_from(kind, {"kind": kind}).adapt(base_model().to(dtype), context())
+        off = []
+        for layer in adapted.layers:
+            A, B = (factor.double() for factor in layer.taken or (layer.A * 0, layer.B * 0))
+            trained, exported = adapted.linear(layer).weight.double() + layer.scaling * B @ A, layer.weight.double()
+            off.append(float((trained - exported).norm() / exported.norm()))
+        assert adapted.rounding == pytest.approx(max(off), rel=1e-3)
+        worst[dtype] = adapted.rounding
+    assert worst[torch.float32] < NOTABLE_ROUNDING / 10 < 1e-4 < worst[torch.bfloat16]
 
 
 def test_tied_embeddings_are_not_adapted(tmp_path: Path) -> None:

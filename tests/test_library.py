@@ -177,12 +177,24 @@ def test_a_trained_adapter_is_refused(spectrum: Spectrum) -> None:
     [
         ({"tau": -1.0}, "gated_adam: tau: .*greater than 0"),
         ({"steepness": 2}, "gated_adam: steepness: .*not permitted"),
-        ({"refresh_utility": 5}, "gated_adam: refresh_utility needs the task's text"),
+        ({"refresh_utility": 5}, "gated_adam: refresh_utility: for runs"),
+        ({"kl_budget": 0.1}, "gated_adam: kl_budget: for runs"),
+        (
+            {"replay": 4, "replay_loss": "distillation"},
+            "gated_adam: replay, replay_loss: for runs of the pipeline only",
+        ),
+        ({"replay_match": "tokens"}, "gated_adam: replay_match: for runs"),
+        ({"mask_target": 1.0, "weight_decay": 0.1}, "gated_adam: mask_target: for runs"),
     ],
 )
 def test_options_that_do_not_go_are_named(options: dict[str, Any], expected: str, spectrum: Spectrum) -> None:
     with pytest.raises(FoLoRAError, match=expected):
         folora.gated_adam(fresh(), spectrum, learning_rate=0.01, **options)
+
+
+def test_weight_decay_and_options_at_their_defaults_go(spectrum: Spectrum) -> None:
+    optimizer = folora.gated_adam(fresh(), spectrum, learning_rate=0.01, weight_decay=0.1, replay=0, kl_budget=None)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
 
 
 @pytest.mark.parametrize(("batches", "expected"), [([], "no batch"), ([{"ids": torch.ones(1, 2)}], "it has ids")])

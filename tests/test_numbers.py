@@ -52,8 +52,8 @@ def check(one: LayerSpectrum) -> Tensor:
     """See that a spectrum is sound; returns its gates."""
     assert spectrum.defect(one) is None
     assert all(torch.isfinite(tensor).all() for tensor in (one.basis, one.eigenvalues, one.penalty, one.utility))
-    assert all(math.isfinite(value) for value in one.health.values())
-    assert max(one.health["residual"], one.health["orthonormality"]) <= SOLVED
+    assert all(math.isfinite(value) for value in one.health.model_dump().values())
+    assert max(one.health.residual, one.health.orthonormality) <= SOLVED
     gates = one.eigenvalues / (one.eigenvalues + 1)
     assert ((gates >= 0) & (gates <= 1)).all()
     return gates

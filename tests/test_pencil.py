@@ -9,6 +9,8 @@ from torch import Tensor
 
 from folora.errors import FoLoRAError
 from folora.gate import soft_gate
+from folora.health import LEADING, breaches
+from folora.moments import Moments
 from folora.pencil import (
     effective_rank,
     estimated_inverse_trace,
@@ -16,6 +18,7 @@ from folora.pencil import (
     krylov_columns,
     normalise,
     solve,
+    solve_spectrum,
 )
 
 WIDTH = 7
@@ -156,8 +159,8 @@ def indefinite(least: float) -> Tensor:
 @pytest.mark.parametrize(("least", "ridge"), [(-0.005, 0.01), (-0.05, 0.1), (-0.5, 0.5)])
 def test_ridge_climbs_its_ladder_until_the_penalty_is_definite(least: float, ridge: float) -> None:
     pencil = solve(indefinite(least), moment(2), shrinkage=0.01, name="x")
-    assert pencil.health["shrinkage"] == pytest.approx(ridge)
-    assert pencil.health["orthonormality"] < 1e-9
+    assert pencil.health.shrinkage == pytest.approx(ridge)
+    assert pencil.health.orthonormality < 1e-9
 
 
 @pytest.mark.parametrize(("least", "shrinkage"), [(-2.0, 0.01), (-0.5, 1e-4), (-0.01, 0.0)])
@@ -172,15 +175,15 @@ def test_health_describes_penalty_and_solution() -> None:
     pencil = solve(Q * spectrum @ Q.mT * 1e4, torch.outer(Q[0], Q[0]), shrinkage=0.02, name="x")
     health = pencil.health
     ridged = 0.98 * spectrum + 0.02
-    assert health["width"] == WIDTH
-    assert health["shrinkage"] == 0.02
-    assert health["residual"] < 1e-12
-    assert health["orthonormality"] < 1e-12
-    assert health["top_share"] == pytest.approx(3 / 7)
-    assert health["condition"] == pytest.approx(float(ridged.max() / ridged.min()))
-    assert health["penalty_rank"] == pytest.approx(7**2 / 19)
-    assert health["utility_rank"] == pytest.approx(1, abs=1e-6)
-    assert health["left_out"] == 0
+    assert health.width == WIDTH
+    assert health.shrinkage == 0.02
+    assert health.residual < 1e-12
+    assert health.orthonormality < 1e-12
+    assert health.top_share == pytest.approx(3 / 7)
+    assert health.condition == pytest.approx(float(ridged.max() / ridged.min()))
+    assert health.penalty_rank == pytest.approx(7**2 / 19)
+    assert health.utility_rank == pytest.approx(1, abs=1e-6)
+    assert health.left_out == 0
 
 
 @pytest.mark.parametrize(
@@ -222,10 +225,10 @@ def test_the_greatest_directions_alone_are_those_of_the_whole_spectrum(rank: int
     assert krylov_columns(count) < 300
     assert part.basis.shape == (300, count)
     torch.testing.assert_close(part.eigenvalues, whole.eigenvalues[-count:], rtol=1e-4, atol=1e-8)
-    assert part.health["residual"] < 1e-3
-    assert part.health["orthonormality"] < 1e-10
+    assert part.health.residual < 1e-3
+    assert part.health.orthonormality < 1e-10
     left_out = float(whole.eigenvalues[-count - 1])
-    assert left_out <= part.health["left_out"] + 1e-9 <= 1.1 * left_out + 1e-6
+    assert left_out <= part.health.left_out + 1e-9 <= 1.1 * left_out + 1e-6
     # in C_p-orthonormal coordinates the gate operator is off by the gates of what was left out, and no more
     C_p = normalise(penalty, 0.01)
     L = torch.linalg.cholesky(C_p)
@@ -233,8 +236,40 @@ def test_the_greatest_directions_alone_are_those_of_the_whole_spectrum(rank: int
     for one in (whole, part):
         V = one.basis / (one.basis * (C_p @ one.basis)).sum(0).sqrt()
         operators.append((L.mT @ V) * soft_gate(one.eigenvalues, tau=1.0, exponent=1.0, floor=0.0) @ (V.mT @ L))
-    bound = part.health["left_out"] / (1 + part.health["left_out"])
+    bound = part.health.left_out / (1 + part.health.left_out)
     assert torch.linalg.matrix_norm(operators[0] - operators[1], 2) <= bound + 1e-3
+
+
+def flat(d: int) -> tuple[Tensor, Tensor]:
+    """A penalty and a utility of white tokens: nothing sets the greatest λ apart from the next."""
+    penalty, utility = (noise(seed, d, count) for seed, count in ((1, 20 * d), (2, 4 * d)))
+    return penalty @ penalty.mT, utility @ utility.mT
+
+
+@pytest.mark.parametrize("d", [300, 600])  # in the end the whole spectrum, and a basis of 512 columns
+def test_the_krylov_basis_grows_until_the_directions_have_converged(d: int) -> None:
+    penalty, utility = flat(d)
+    whole = solve(penalty, utility, shrinkage=0.01, name="x")
+    part = solve(penalty, utility, shrinkage=0.01, directions=16, name="x")
+    torch.testing.assert_close(part.eigenvalues, whole.eigenvalues[-16:], rtol=1e-3, atol=0)
+    assert part.health.residual <= LEADING
+    assert whole.eigenvalues[-17] <= part.health.left_out <= 1.05 * whole.eigenvalues[-17]
+
+
+def test_directions_that_do_not_converge_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folora.pencil.KRYLOV_DOUBLINGS", 0)
+    penalty, utility = (Moments({"x": C}, {"x": torch.tensor(1.0)}, 1) for C in flat(300))
+    expected = "x: the residual of its pencil is 2e-01, more than 1e-02: raise spectrum.directions"
+    with pytest.raises(FoLoRAError, match=expected):
+        solve_spectrum(penalty, utility, {"x": ["x"]}, 0.01, directions=16)
+    assert solve_spectrum(penalty, utility, {"x": ["x"]}, 0.01, directions=200).inputs["x"].health.residual <= LEADING
+
+
+def test_a_residual_that_is_no_number_is_a_breach() -> None:
+    health = solve(moment(1), moment(2), shrinkage=0.01, name="x").health
+    assert breaches({"x": health}) == []
+    (line,) = breaches({"x": health.model_copy(update={"residual": math.nan})})
+    assert line.startswith("x: the residual of its pencil is nan, more than")
 
 
 def test_a_few_of_a_narrow_input_s_directions_are_cut_off_the_whole_spectrum() -> None:
@@ -242,6 +277,6 @@ def test_a_few_of_a_narrow_input_s_directions_are_cut_off_the_whole_spectrum() -
     part = solve(moment(1), moment(2), shrinkage=0.01, directions=3, name="x")
     kept = whole.basis[:, -3:]
     torch.testing.assert_close(part.basis / part.basis.norm(), kept / kept.norm())  # their scale is an estimate
-    assert part.health["left_out"] == pytest.approx(float(whole.eigenvalues[-4]))
+    assert part.health.left_out == pytest.approx(float(whole.eigenvalues[-4]))
     everything = solve(moment(1), moment(2), shrinkage=0.01, directions=WIDTH + 1, name="x")
     torch.testing.assert_close(everything.basis, whole.basis)

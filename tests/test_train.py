@@ -199,6 +199,25 @@ def test_less_memory_gives_the_same_run(
         assert found == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("limit", [None, 1e-12])
+def test_a_notable_rounding_of_the_weights_is_printed_and_kept(
+    limit: float | None,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In float32 there is none, and its histories hold nothing of it."""
+    if limit:
+        monkeypatch.setattr("folora.train.NOTABLE_ROUNDING", limit)
+    methods = pipeline.values()["methods"] | {"lora": {"kind": "pissa"}}
+    run = train(pipeline, LORA, tmp_path / "run", methods=methods)
+    about = read_table(run / "history.parquet")[1]
+    assert ("rounded to float32" in capsys.readouterr().out) is (limit is not None)
+    assert ("rounding" in about) is (limit is not None)
+    assert about.get("rounding", 1e-8) < 1e-6
+
+
 def test_history_holds_the_meter(runs: Path) -> None:
     for run in (runs / "lora" / LORA, runs / "folora-replay" / REPLAY):
         table, _ = read_table(run / "history.parquet", artefact="history", run=run.name)

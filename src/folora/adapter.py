@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 NAME = "default"  # PEFT's name of the only adapter of a model
 WEIGHTS_FILE = "weights.safetensors"
+NOTABLE_ROUNDING = 1e-6  # of a weight's norm; float32 stays a tenth below
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class AdaptedModel(ABC):
         groups: the adapted layers by the input they read.
         regulariser: a scalar that joins the loss of every step, or None.
         task: the text that the utility is taken over, for methods that measure it again; None in the library.
+        rounding: how far any layer's frozen weight is off the W - s B₀A₀ that a checkpoint takes for granted, of ‖W‖.
     """
 
     def __init__(self, model: Any, groups: list[LayerGroup]) -> None:
@@ -78,6 +80,7 @@ class AdaptedModel(ABC):
         self.groups = groups
         self.regulariser: Callable[[], Tensor] | None = None
         self.task: CountedText | None = None
+        self.rounding = 0.0
 
     @property
     def layers(self) -> list[Any]:
@@ -153,12 +156,18 @@ class LoRAModel(AdaptedModel):
 
     @torch.no_grad()
     def take_out(self) -> None:
-        """Keep the function at the base model's: W ← W - s B₀A₀ wherever the start has a B₀ that is not zero."""
+        """Keep the function at the base model's: W ← W - s B₀A₀ wherever the start has a B₀ that is not zero.
+
+        It is rounded to W's type, by ``rounding``.
+        """
         for layer in self.layers:
             if isinstance(layer, LoRALayer) and layer.B.any():
                 layer.taken = (layer.A.detach().clone(), layer.B.detach().clone())
                 rest = layer.weight - layer.scaling * layer.B @ layer.A
-                self.linear(layer).weight.data = rest.to(layer.weight.dtype)
+                self.linear(layer).weight.data = rounded = rest.to(layer.weight.dtype)
+                W, A, B = (part.double() for part in (layer.weight, layer.A, layer.B))
+                error = (rounded - (W - layer.scaling * B @ A)).norm() / W.norm()
+                self.rounding = max(self.rounding, float(error))
 
     @property
     def scalable(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 # Products of a moment are float32, on some GPUs TF32: entries, traces and Σ ‖x‖⁴ of one text agree no better than this.
 PRODUCTS = 1e-3
@@ -26,8 +29,8 @@ Size = Annotated[float, Field(ge=0)]
 TokenCount = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
-class HealthRecord(BaseModel):
-    """What the manifest of a spectrum says of one layer input; ``pencil.solve`` and ``stability`` say what it means."""
+class PencilHealth(BaseModel):
+    """How far the pencil of one layer input can be trusted; ``pencil.solve`` says what it means."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
@@ -40,6 +43,11 @@ class HealthRecord(BaseModel):
     penalty_rank: Size
     utility_rank: Size
     left_out: Size = 0.0
+
+
+class HealthRecord(PencilHealth):
+    """What the manifest of a spectrum says of one layer input: beside its pencil's health that of the moments."""
+
     proxy_fourth: Size
     tokens_per_width: Size | None = None
     gate_difference: Size | None = None
@@ -65,16 +73,16 @@ class SpectrumManifest(BaseModel):
         return self
 
 
-def breaches(health: dict[str, HealthRecord]) -> list[str]:
-    """One line for each figure of a layer input that is beyond its limit."""
+def breaches(health: Mapping[str, PencilHealth]) -> list[str]:
+    """One line for each figure of a layer input that is beyond its limit, and what to do."""
     return [
-        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}"
+        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}: raise spectrum.{remedy}"
         for name, record in health.items()
-        for figure, value, limit in (
-            ("residual", record.residual, LEADING if record.left_out else SOLVED),
-            ("orthonormality", record.orthonormality, SOLVED),
+        for figure, value, limit, remedy in (
+            ("residual", record.residual, *((LEADING, "directions") if record.left_out else (SOLVED, "shrinkage"))),
+            ("orthonormality", record.orthonormality, SOLVED, "shrinkage"),
         )
-        if value > limit
+        if not value <= limit
     ]
 
 
@@ -86,20 +94,16 @@ def too_many_loops(sequences: int, loops: int) -> str | None:
     return f"{loops:,} of {sequences:,} sequences of the proxy text end in a loop: {advice}"
 
 
-def too_few_tokens(health: dict[str, Any], tokens: int) -> str | None:
-    """One line where gates change too much between the halves of the proxy text; None where they do not.
-
-    Args:
-        health: name of a layer input to its ``HealthRecord`` as plain values.
-        tokens: that the penalty is the mean of.
-    """
-    needed = {name: record.get("tokens_needed") or 0 for name, record in health.items()}
+def too_few_tokens(health: Mapping[str, HealthRecord], tokens: int) -> str | None:
+    """One line where gates change too much between the halves of the proxy text, of so many tokens; else None."""
+    needed = {name: record.tokens_needed or 0 for name, record in health.items()}
     weak = [name for name, count in needed.items() if count > tokens]
     if not weak:
         return None
     worst = max(weak, key=lambda name: needed[name])
+    difference = health[worst].gate_difference or 0.0
     return (
         f"{len(weak)} of {len(health)} layer inputs have gates of which two halves of the proxy text differ on more "
-        f"than {GATE_DIFFERENCE:.0%}, most of all {worst} ({health[worst]['gate_difference']:.0%}): {tokens:,} tokens "
+        f"than {GATE_DIFFERENCE:.0%}, most of all {worst} ({difference:.0%}): {tokens:,} tokens "
         f"are too few, some {needed[worst]:,} are needed: raise proxy.sequences or add to proxy.shards"
     )

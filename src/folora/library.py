@@ -17,6 +17,7 @@ from folora.adapter import NAME, LoRAModel, lora_model
 from folora.errors import FoLoRAError, describe
 from folora.layers import Groups, adapted_layers, input_groups
 from folora.meter import ForgettingMeter
+from folora.methods.base import Method
 from folora.methods.folora import FoLoRA
 from folora.moments import Moments, collect
 from folora.optimizer import check_first_step
@@ -128,14 +129,17 @@ def gated_adam(model: PeftModel, spectrum: Spectrum, *, learning_rate: float, **
         options: of ``folora params methods``, kind folora: ``tau``, ``gate_b``, ``weight_decay``, ...
 
     Raises:
-        FoLoRAError: an option is wrong, or the LoRA layers are not those of the spectrum or have been trained.
+        FoLoRAError: an option is wrong or for runs of the pipeline only, or the LoRA layers are not those of the
+            spectrum or have been trained.
     """
     try:
         method = FoLoRA(kind="folora", **options)
     except ValidationError as error:
         raise FoLoRAError(f"gated_adam: {describe(error)}") from error
-    if method.refresh_utility is not None:
-        raise FoLoRAError("gated_adam: refresh_utility needs the task's text: it is for runs of the pipeline")
+    of_a_run = {*Method.model_fields, "refresh_utility"} - {"weight_decay"}
+    if given := sorted(of_a_run & method.model_dump(exclude_defaults=True).keys()):
+        reason = "for runs of the pipeline only; the loss and the text are yours here"
+        raise FoLoRAError(f"gated_adam: {', '.join(given)}: {reason}: leave out")
     adapted = adapted_model(model, spectrum)
     if adapted.moved():
         raise FoLoRAError("gated_adam: the adapter has been trained: make the optimizer before the first step")

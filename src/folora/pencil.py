@@ -16,13 +16,14 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
+from folora.health import LEADING, PencilHealth, breaches
 from folora.shrinkage import shrinkage_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ RIDGE_LADDER = (1.0, 10.0, 100.0)  # multiples of the shrinkage that are tried b
 CHECKED = 64  # directions of a solution whose residual is taken: to check all would cost as much as to solve
 POWER_STEPS = 15  # of the power iteration for the extreme eigenvalues of the penalty; some per cent are enough
 KRYLOV_BLOCK = 64
-KRYLOV_SHARE = 2.5  # columns of the Krylov basis for each direction that is asked for
+KRYLOV_SHARE = 2.5  # columns of the first Krylov basis for each direction that is asked for
+KRYLOV_DOUBLINGS = 2  # of its width, as long as the directions have not converged
 STORED = torch.finfo(torch.float32)  # what a moment is kept as
 
 
@@ -53,7 +55,7 @@ class Pencil:
 
     basis: Tensor
     eigenvalues: Tensor
-    health: dict[str, Any]
+    health: PencilHealth
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class LayerSpectrum:
     shrinkage: float
     proxy_tokens: int
     proxy_fourth: float
-    health: dict[str, Any]
+    health: PencilHealth
 
     @property
     def every_eigenvalue(self) -> Tensor:
@@ -170,18 +172,24 @@ def layer_spectrum(
     directions: int | None = None,
     name: str,
 ) -> LayerSpectrum:
-    """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``."""
+    """The spectrum of one layer input from its moments; see ``LayerSpectrum`` and ``solve``.
+
+    Raises:
+        FoLoRAError: as ``solve`` does; or the pencil is not solved well enough to be trusted.
+    """
     if isinstance(shrinkage, str):
         if not math.isfinite(proxy_fourth):
             raise FoLoRAError(f"{name}: the mean of ‖x‖⁴ is not finite: give spectrum.shrinkage as a number")
         shrinkage = shrinkage_of(shrinkage, penalty, proxy_fourth, proxy_tokens)
     pencil = solve(penalty, utility, shrinkage=shrinkage, directions=directions, name=name)
+    if found := breaches({name: pencil.health}):
+        raise FoLoRAError(found[0])
     return LayerSpectrum(
         basis=pencil.basis.float(),
         eigenvalues=pencil.eigenvalues,
         penalty=penalty.float(),
         utility=utility.float(),
-        shrinkage=pencil.health["shrinkage"],
+        shrinkage=pencil.health.shrinkage,
         proxy_tokens=proxy_tokens,
         proxy_fourth=proxy_fourth,
         health=pencil.health,
@@ -230,24 +238,35 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
     d = len(L)
     eigenvalues, V, left_out = greatest(C_p, L, C_t, directions)
     inverse_trace = V.square().sum() if V.shape[1] == d else estimated_inverse_trace(L)
-    checked = torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
-    found, penalised = C_t @ V[:, checked], C_p @ V[:, checked]
-    overlap = V.mT @ penalised
+    checked = checked_of(V)
+    overlap = V.mT @ (C_p @ V[:, checked])
     overlap[checked, torch.arange(len(checked), device=V.device)] -= 1
     largest, smallest = extreme_eigenvalues(C_p, L)
-    health = {
-        "width": d,
-        "shrinkage": ridge,
-        "residual": float((found - penalised * eigenvalues[checked]).norm() / found.norm()),
-        "orthonormality": float(overlap.abs().max()),
-        "condition": largest / smallest,
-        "top_share": max(0.0, (largest - ridge) / (1 - ridge) / d),
-        "penalty_rank": effective_rank(penalty),
-        "utility_rank": effective_rank(utility),
-        "left_out": float(left_out),
-    }
+    health = PencilHealth.model_construct(  # unchecked: a figure that is not finite is a breach, with its layer's name
+        width=d,
+        shrinkage=ridge,
+        residual=relative_residual(C_p, C_t, eigenvalues, V),
+        orthonormality=float(overlap.abs().max()),
+        condition=largest / smallest,
+        top_share=max(0.0, (largest - ridge) / (1 - ridge) / d),
+        penalty_rank=effective_rank(penalty),
+        utility_rank=effective_rank(utility),
+        left_out=float(left_out),
+    )
     scale = (d / inverse_trace).sqrt()  # c = √(d / tr C_p⁻¹), so that all of V̂ has the Frobenius norm √d
     return Pencil(basis=scale * V, eigenvalues=eigenvalues.clamp_min(0), health=health)
+
+
+def checked_of(V: Tensor) -> Tensor:
+    """Which of the directions (d, q) are checked, from the first to the last."""
+    return torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
+
+
+def relative_residual(C_p: Tensor, C_t: Tensor, eigenvalues: Tensor, V: Tensor) -> float:
+    """‖C_t V - C_p V Λ‖ / ‖C_t V‖ over the directions that are checked."""
+    checked = checked_of(V)
+    found = C_t @ V[:, checked]
+    return float((found - C_p @ V[:, checked] * eigenvalues[checked]).norm() / found.norm())
 
 
 def directions_of(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> tuple[Tensor, Tensor]:
@@ -285,8 +304,8 @@ def reduced(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
 
 def greatest(C_p: Tensor, L: Tensor, C_t: Tensor, directions: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """So many directions with the greatest λ, or all: as ``leading`` returns them, by whichever way is shorter."""
-    if directions is not None and krylov_columns(directions) < len(L):
-        return leading(L, C_t, directions)
+    if directions is not None and (found := leading(C_p, L, C_t, directions)):
+        return found
     eigenvalues, V = whole(C_p, L, C_t)
     if directions is None or directions >= len(L):
         return eigenvalues, V, V.new_zeros(())
@@ -314,40 +333,50 @@ def _blas() -> ThreadpoolController:
 
 
 def krylov_columns(directions: int) -> int:
-    """Width of the Krylov basis in which ``leading`` looks for so many directions."""
+    """Width of the Krylov basis in which ``leading`` looks for so many directions first."""
     return math.ceil(KRYLOV_SHARE * directions / KRYLOV_BLOCK + 1) * KRYLOV_BLOCK
 
 
-def leading(L: Tensor, C_t: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading(C_p: Tensor, L: Tensor, C_t: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The greatest λ and their directions, by block Lanczos with full reorthogonalisation.
 
-    Golub and Underwood (1977), on M = L⁻¹ C_t L⁻ᵀ, which is applied and never formed.
+    Golub and Underwood (1977), on M = L⁻¹ C_t L⁻ᵀ, which is applied and never formed. Where λ falls slowly the first
+    basis is too narrow, and is widened until the residual is within its limit, or ``KRYLOV_DOUBLINGS`` times.
 
     Args:
-        L: (d, d), Cholesky factor of C_p.
+        C_p: (d, d), ridged.
+        L: (d, d), its Cholesky factor.
         C_t: (d, d).
         count: q.
 
     Returns:
         λ (q,), ascending; V (d, q) with Vᵀ C_p V = I; and a bound on the λ of all other directions: the next
-        Ritz value plus the norm of its residual.
+        Ritz value plus the norm of its residual. None where such a basis would not be narrower than the input.
     """
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(len(L), KRYLOV_BLOCK, dtype=L.dtype, generator=generator).to(L.device)
-    basis = L.new_zeros(len(L), krylov_columns(count))
-    images = torch.zeros_like(basis)  # M times the basis
-    for start in range(0, basis.shape[1], KRYLOV_BLOCK):
-        for _ in range(2):  # once more after scaling: where the Krylov space is exhausted, only noise is left
-            block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
-        basis[:, start : start + KRYLOV_BLOCK] = block
-        block = torch.linalg.solve_triangular(L.mT, block, upper=True)
-        block = torch.linalg.solve_triangular(L, C_t @ block, upper=False)
-        images[:, start : start + KRYLOV_BLOCK] = block
-    ritz, coefficients = torch.linalg.eigh(basis.mT @ images)
-    beyond = coefficients[:, -count - 1]
-    left_out = ritz[-count - 1] + (images @ beyond - ritz[-count - 1] * (basis @ beyond)).norm()
-    V = torch.linalg.solve_triangular(L.mT, basis @ coefficients[:, -count:], upper=True)
-    return ritz[-count:], V, left_out
+    basis = images = L.new_zeros(len(L), 0)
+    found = None
+    for columns in (krylov_columns(count) << doubled for doubled in range(KRYLOV_DOUBLINGS + 1)):
+        if columns >= len(L):
+            return None
+        done = basis.shape[1]
+        basis, images = (torch.nn.functional.pad(part, (0, columns - done)) for part in (basis, images))
+        for start in range(done, columns, KRYLOV_BLOCK):
+            for _ in range(2):  # once more after scaling: where the Krylov space is exhausted, only noise is left
+                block = torch.linalg.qr(block - basis @ (basis.mT @ block))[0]
+            basis[:, start : start + KRYLOV_BLOCK] = block
+            block = torch.linalg.solve_triangular(L.mT, block, upper=True)
+            block = torch.linalg.solve_triangular(L, C_t @ block, upper=False)
+            images[:, start : start + KRYLOV_BLOCK] = block
+        ritz, coefficients = torch.linalg.eigh(basis.mT @ images)
+        beyond = coefficients[:, -count - 1]
+        left_out = ritz[-count - 1] + (images @ beyond - ritz[-count - 1] * (basis @ beyond)).norm()
+        V = torch.linalg.solve_triangular(L.mT, basis @ coefficients[:, -count:], upper=True)
+        found = ritz[-count:], V, left_out
+        if relative_residual(C_p, C_t, *found[:2]) <= LEADING:
+            break
+    return found
 
 
 def estimated_inverse_trace(L: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
-from folora.health import SINGLE, STORED, HealthRecord, SpectrumManifest, breaches, too_few_tokens, too_many_loops
+from folora.health import SINGLE, STORED, SpectrumManifest, breaches, too_few_tokens, too_many_loops
 from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
 from folora.scratch import scratch
 from folora.stability import stability
@@ -76,13 +76,13 @@ def compute_spectrum(
             except FoLoRAError:  # not solved yet, or a power cut has damaged it
                 _solve_input(proxy, target, name, params.spectrum, path)
         files = TensorFiles(*solved, artefact=SOLVED)
-        health = {name: one["health"] for name, one in zip(proxy.groups, files.manifests, strict=True)}
+        records = {name: one["health"] for name, one in zip(proxy.groups, files.manifests, strict=True)}
         text = {field: sum(one[field] for one in proxy.manifests) for field in ("sequences", "loops")}
+        manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": records, **text}
+        health = fields_of(output, SpectrumManifest, manifest).health
         for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
             if warning:
                 logger.warning("%s, %s: %s", task, source, warning)
-        manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": health, **text}
-        _refuse_breaches(output, fields_of(output, SpectrumManifest, manifest).health)
         write_tensors(output, files, manifest)
 
 
@@ -92,7 +92,7 @@ def _solve_input(proxy: StoredMoments, target: StoredMoments, name: str, setting
     first = proxy.read(name, half) if half else None
     total = proxy.read(name)
     one = input_spectrum(total, target.read(name), name, **settings.model_dump())
-    health = {**one.health, "proxy_fourth": one.proxy_fourth, **stability(total, first, name, one)}
+    health = {**one.health.model_dump(), "proxy_fourth": one.proxy_fourth, **stability(total, first, name, one)}
     tensors = {f"{name}.{field}": getattr(one, field) for field in FIELDS}
     write_tensors(path, tensors, {"artefact": SOLVED, "health": health})
 
@@ -105,7 +105,8 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
     """
     tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
     about = fields_of(path, SpectrumManifest, manifest)
-    _refuse_breaches(path, about.health)
+    if found := breaches(about.health):
+        raise FoLoRAError(f"{path}: {found[0]}")
     absent = [name for name in (f"{name}.{field}" for name in about.groups for field in FIELDS) if name not in tensors]
     if absent:
         raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
@@ -115,24 +116,19 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
             shrinkage=record.shrinkage,
             proxy_tokens=about.proxy_tokens,
             proxy_fourth=record.proxy_fourth,
-            health=manifest["health"][name],
+            health=record,
         )
         for name, record in about.health.items()
     }
     for name, one in inputs.items():
-        if found := defect(one):
-            raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
+        if wrong := defect(one):
+            raise FoLoRAError(f"{path}: {name}: {wrong}: delete it and run its stage again")
     return Spectrum(inputs, about.groups)
-
-
-def _refuse_breaches(path: Path, health: dict[str, HealthRecord]) -> None:
-    if found := breaches(health):
-        raise FoLoRAError(f"{path}: {found[0]}: raise spectrum.shrinkage")
 
 
 def defect(one: LayerSpectrum) -> str | None:
     """What is wrong with the tensors of a layer input, as far as ``SAMPLED`` of its directions show."""
-    d: int = one.health["width"]
+    d = one.health.width
     matrices = (one.basis, one.penalty, one.utility)
     shapes = [(d, one.eigenvalues.numel()), (d, d), (d, d)]
     if [tuple(matrix.shape) for matrix in matrices] != shapes or one.eigenvalues.ndim != 1 or not shapes[0][1]:
@@ -150,7 +146,7 @@ def defect(one: LayerSpectrum) -> str | None:
     quadratic = [V.mT @ (d / trace * (C.double() @ V)) for C, trace in zip(matrices[1:], traces, strict=True)]
     penalty = (1 - one.shrinkage) * quadratic[0] + one.shrinkage * V.mT @ V
     scale = penalty.diagonal().mean()  # c² of the basis
-    limit = STORED + SINGLE * one.health["condition"]
+    limit = STORED + SINGLE * one.health.condition
     deviation = (penalty / scale - torch.eye(len(chosen), dtype=V.dtype)).abs().max()
     if not deviation <= limit:
         return f"its basis deviates from C_p-orthonormality by {float(deviation):.0e}"

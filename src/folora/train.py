@@ -16,7 +16,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, TrainingArguments
 
 from folora import processes
-from folora.adapter import AdaptedModel, Context
+from folora.adapter import NOTABLE_ROUNDING, AdaptedModel, Context
 from folora.counted_text import task_text
 from folora.coverage import COVERAGE_FILE, Covered, coverage, print_coverage
 from folora.divergence import HeldOutText
@@ -174,6 +174,13 @@ def train_run(
         training.fit(training.recorder(), *processes.from_first((Path(), None)))
         return None
     print_coverage(training.covered)
+    rounding: dict[str, float] = {}
+    if training.adapted.rounding > NOTABLE_ROUNDING:
+        rounding = {"rounding": training.adapted.rounding}
+        print(
+            f"W - s B₀A₀ is rounded to {base.loading.dtype}: a checkpoint differs from the model in training by up to "
+            f"{training.adapted.rounding:.1e} of a layer's weight; foundation.loading.dtype: float32 has no such error"
+        )
     adapted, manifest = training.adapted, run_manifest(params, name, base, inputs)
     with scratch(**manifest) as unfinished:
         state = last_state(unfinished)
@@ -187,7 +194,7 @@ def train_run(
             training.fit(recorder, *processes.from_first((unfinished, state)))
             adapted.save(folder / "adapter")
             size = sum(parameter.numel() for parameter in adapted.trained)
-            about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size}
+            about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size, **rounding}
             write_table(folder / "history.parquet", recorder.table(), about)
             write_json(folder / COVERAGE_FILE, [vars(one) for one in training.covered])
             write_json(folder / MANIFEST_FILE, manifest | made_with())

@@ -44,7 +44,7 @@ TOLERANCES = {
 }
 ROWS = {"proxy": 0.01, "answers": 0.01}  # share that may differ: a rounding tips a draw, or which token is best
 CONDITIONS = {MADE_WITH, "threads", "device", "transformers_version"}  # what level 2 is about
-MEASURED = {"health", "gates"}  # in manifests: figures that follow from the tensors
+MEASURED = {"health", "gates", "rounding"}  # in manifests: figures that follow from the tensors
 DIGEST = re.compile(r"[0-9a-f]{64}")  # of what an artefact was made from, which has its own stage
 DRAWN = {".html", ".png", ".csv", ".md", ".txt"}  # the report's page, figures and tables show its metrics.json
 

@@ -67,7 +67,7 @@ def health_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
     rows = []
     for name, ascending in spectrum.eigenvalues.items():
         values: Any = ascending
-        row = {"input": name, **spectrum.manifest["health"][name], "greatest": float(values.max())}
+        row = {"input": name, **spectrum.health[name].model_dump(), "greatest": float(values.max())}
         if method:
             opened = method.gates_of(values)
             row |= {"mean_gate": float(opened.mean()), "open": float((opened > 0.5).mean())}
@@ -90,7 +90,7 @@ def health_alarms(spectrum: Spectrum) -> list[str]:
     """One line for whatever makes the λ of this spectrum, or gates made of them, less than certain."""
     about = spectrum.manifest
     warnings = (
-        too_few_tokens(about["health"], about["proxy_tokens"]),
+        too_few_tokens(spectrum.health, about["proxy_tokens"]),
         too_many_loops(about["sequences"], about["loops"]),
     )
     return [*breaches(spectrum.health), *filter(None, warnings)]
@@ -98,19 +98,19 @@ def health_alarms(spectrum: Spectrum) -> list[str]:
 
 def health_note(spectrum: Spectrum) -> str:
     """One line: how much text the moments are of, and the worst of all pencils."""
-    health = spectrum.manifest["health"].values()
-    worst = {
-        name: max(one[name] for one in health) for name in ("residual", "orthonormality", "condition", "top_share")
-    }
-    left_out = max(one.get("left_out", 0.0) for one in health)
+    health = spectrum.health.values()
+    residual, orthonormality, condition, top_share = (
+        max(getattr(one, name) for one in health) for name in ("residual", "orthonormality", "condition", "top_share")
+    )
+    left_out = max(one.left_out for one in health)
     shut = f" The directions that were left out have a λ of at most {left_out:.2g}, and are shut." if left_out else ""
-    differences = [one["gate_difference"] for one in health if one.get("gate_difference") is not None]
+    differences = [one.gate_difference for one in health if one.gate_difference is not None]
     halves = f"differ on at most {max(differences):.1%} of a layer's gates" if differences else "were not compared"
     return (
         f"{len(health)} layer inputs, moments of {spectrum.manifest['proxy_tokens']:,} proxy and "
-        f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {worst['residual']:.0e}, "
-        f"deviation from orthonormality {worst['orthonormality']:.0e}, condition {worst['condition']:.0e}; "
-        f"the greatest share of one direction in the proxy text's moment {worst['top_share']:.2f}. "
+        f"{spectrum.manifest['task_tokens']:,} task tokens. The worst pencil: residual {residual:.0e}, "
+        f"deviation from orthonormality {orthonormality:.0e}, condition {condition:.0e}; "
+        f"the greatest share of one direction in the proxy text's moment {top_share:.2f}. "
         f"Two halves of the proxy text {halves}; {spectrum.manifest['loops']:,} of its "
         f"{spectrum.manifest['sequences']:,} sequences end in a loop.{shut}"
     )
