@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from folora.errors import FoLoRAError
 from folora.params import CorpusSource, SampledSource
 from folora.scratch import kept, scratch
 from folora.storage import digest_of_folder, write_table
@@ -186,6 +187,9 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
         temperature: divides the logits.
 
     All sequences start together, so no padding is ever needed; finished ones leave the batch and its cache.
+
+    Raises:
+        FoLoRAError: the model did not take the cache.
     """
     from transformers import DynamicCache
 
@@ -196,6 +200,10 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
     cache = DynamicCache()
     for step in range(uniforms.shape[1]):
         logits = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if not cache.get_seq_length():  # versions that call it otherwise draw each token without those before it
+            raise FoLoRAError(
+                "this version of transformers leaves the cache empty: `folora doctor` says which to install"
+            )
         logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
         chosen = invert(logprobs.exp(), uniforms[active, step])
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]
