@@ -7,6 +7,7 @@ from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from folora import devices
 from folora.devices import VISIBLE, take_devices
@@ -142,3 +143,4 @@ def test_a_stage_takes_one_where_its_model_is_loaded_on_one(
     params = save_params(tiny_values | {"foundation": foundation})
     assert "manifest" in refused("heldout", "--foundation", "none", "--threads", 1, "--params", params)
     assert os.environ.get(VISIBLE) == seen
+    assert torch.get_deterministic_debug_mode() == {"cpu": 2, "cuda": 1}[device]  # 1 warns, 2 raises

@@ -54,6 +54,7 @@ def test_shipped_files_are_valid(path: Path) -> None:
         ("foundation.stepss", 4, "not permitted"),
         ("proxy.sources.sampled.temperature", 0, "greater than 0 (got 0)"),
         ("proxy.sources.sampled.temperature", 10.5, "less than or equal to 10 (got 10.5)"),
+        ("proxy.sources.sampled.backend", "llama.cpp", "'transformers' or 'vllm' (got 'llama.cpp')"),
         ("proxy.max_length", 1, "greater than or equal to 2 (got 1)"),
         ("proxy.sources.sampled", {"kind": "guessed"}, "'sampled', 'corpus', 'random'"),
         ("proxy.sources", {}, "at least 1 item"),
@@ -166,7 +167,8 @@ def test_the_file_says_everything_but_the_options_of_tasks_and_methods() -> None
         return [f"{owner}.{name}" for owner, name, info in items if info.is_required() is required]
 
     options = ("prompt", "response", "messages", "chat", "learn", "rows", "too_long", "packing")
-    expected = [*(f"Task.{name}" for name in options), "Covariance.memory_budget", "SpectrumSection.directions"]
+    expected = [*(f"Task.{name}" for name in options), "SampledSource.backend"]
+    expected += ["Covariance.memory_budget", "SpectrumSection.directions"]
     expected += ["Train.micro_batch", "Train.gradient_checkpointing"]
     expected += [f"Evaluation.{name}" for name in ("at_best", "texts", "limit", "chat", "run_generated_code")]
     assert fields(sections, required=False) == expected

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from folora.errors import FoLoRAError
 from folora.params import Proxy
 from folora.proxy import generate_proxy, invert, loops, sample, sequence_seed, uniform_numbers
 from folora.storage import read_table, read_tensors
@@ -127,6 +128,16 @@ def test_samples_follow_the_model(model: PreTrainedModel) -> None:
     # the test would notice another temperature or another context
     assert chi_squared(first, next_token(model, [BOS], 0.2).exp()) < 1e-6
     assert chi_squared(second, exact) < 1e-6
+
+
+def test_a_model_that_does_not_take_the_cache_is_refused(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a version of transformers that calls it otherwise, and takes any name."""
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda cache, **inputs: forward(**inputs))  # noqa: ARG005
+    with pytest.raises(FoLoRAError, match="leaves the cache empty"):
+        sample(model, uniform_numbers([0, 1], 5), BOS, EOS, 1.0)
 
 
 @given(

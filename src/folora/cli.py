@@ -99,9 +99,10 @@ def _prepare(
 
         torch.set_num_threads(threads)
         CONDITIONS["threads"] = threads
-        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: 1.4 s
         foundation = params.foundation
         device = foundation.loading.device if isinstance(foundation, PretrainedFoundation) else "cpu"
+        # use_deterministic_algorithms would load the compiler: 1.4 s; on CUDA torch has no other cumsum for sampling
+        torch.set_deterministic_debug_mode("error" if device == "cpu" else "warn")
         if model and processes.count() == 1:  # several of one training have theirs from their launcher
             take_devices(HELD, gpu_count(device) if spread else min(1, gpu_count(device)))
     return params
@@ -336,6 +337,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # and this of weights that lie where they were asked to
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on CUDA differ from run to run
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files
     # a scheduler's word to stop: what is half written is removed, what is unfinished is kept for the next time

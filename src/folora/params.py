@@ -133,6 +133,16 @@ class SampledSource(Section):
 
     kind: Literal["sampled"]
     temperature: Annotated[float, Field(gt=0, le=10, description="divides the logits; 1 is the model's distribution")]
+    backend: Annotated[
+        Literal["transformers", "vllm"],
+        Field(description="what draws it; vllm: the same distribution, other text, made in an environment of its own"),
+    ] = "transformers"
+
+    @model_validator(mode="after")
+    def _in_range_of_vllm(self) -> SampledSource:
+        if self.backend == "vllm" and not 0.01 <= self.temperature <= 2:  # it refuses more, and raises less to 0.01
+            raise ValueError(f"vllm samples at temperatures of 0.01 to 2 (got {self.temperature}): take transformers")
+        return self
 
 
 class CorpusSource(Section):
@@ -176,7 +186,7 @@ class Proxy(Section):
     def sampling(self, source: str) -> dict[str, Any]:
         """What the text of a source depends on, beside the base model and the shard's number."""
         return {
-            "source": self.sources[source].model_dump(),
+            "source": self.sources[source].model_dump(exclude_defaults=True),  # older texts name no backend
             **self.model_dump(include={"seed", "sequences", "max_length", "batch_size"}),
         }
 

@@ -3,7 +3,7 @@
 The text is sampled from the base model: each sequence starts from BOS and is drawn at the stated temperature from the
 full distribution, at temperature 1 an unbiased sample. Rows of a corpus and random tokens can take its place, for
 comparison. A sequence's random numbers come from (seed, shard, index) alone, so shards can be computed in any order
-and in any batches.
+and in any batches. ``vllm_sampling`` draws such text with vLLM: the same distribution, other random numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from folora.errors import FoLoRAError
 from folora.params import CorpusSource, SampledSource
 from folora.rows import HELDOUT, encode, read_rows, render
 from folora.scratch import kept, scratch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from folora.params import Proxy
 
 SHORTEST_LOOP = 16  # tokens
+LENGTH = "proxy.max_length"
 
 
 @dataclass
@@ -44,25 +46,32 @@ class Sample:
     finished: bool
 
 
-Draw = Callable[[Tensor], list[Sample]]  # uniform numbers (batch, steps) to as many sequences
+Draw = Callable[[list[int]], list[Sample]]  # a seed for each sequence to the sequences
 
 
 def generate_proxy(settings: Proxy, source: str, shard: str, base: Base, output: Path) -> None:
     """Write one shard of a source as Parquet.
 
     Raises:
-        FoLoRAError: the sequences are longer than the model's context, or the corpus is not as declared.
+        FoLoRAError: the sequences are longer than the model's context, the corpus is not as declared, or vLLM is
+            asked for and is not here or cannot run the model.
     """
-    chosen = settings.sources[source]
+    base.check_length(settings.max_length, LENGTH)
+    chosen, steps = settings.sources[source], settings.max_length - 1
+    manifest = {"proxy": settings.sampling(source), "shard": shard}
     read = None
-    if isinstance(chosen, SampledSource):
-        draw = _from_model(base, chosen.temperature)
+    if isinstance(chosen, SampledSource) and chosen.backend == "vllm":
+        from folora.vllm_sampling import made_with_vllm, vllm_draw
+
+        draw = vllm_draw(base, chosen.temperature, steps)
+        manifest |= made_with_vllm()
+    elif isinstance(chosen, SampledSource):
+        draw = _from_model(base, chosen.temperature, steps)
     elif isinstance(chosen, CorpusSource):
-        draw = _from_corpus(base, chosen, Path(settings.corpora))
+        draw = _from_corpus(base, chosen, Path(settings.corpora), steps)
         read = digest_of_folder(Path(settings.corpora))
     else:
-        draw = _from_vocabulary(base)
-    manifest = {"proxy": settings.sampling(source), "shard": shard}
+        draw = _from_vocabulary(base, steps)
     _write(settings, shard, settings.sequences, base, draw, output, manifest, read)
 
 
@@ -72,8 +81,10 @@ def generate_heldout(settings: Proxy, base: Base, output: Path) -> None:
     Raises:
         FoLoRAError: the sequences are longer than the model's context.
     """
+    base.check_length(settings.max_length, LENGTH)
     manifest = {"proxy": settings.heldout_sampling(), "shard": HELDOUT}
-    _write(settings, HELDOUT, settings.heldout_sequences, base, _from_model(base, 1.0), output, manifest)
+    draw = _from_model(base, 1.0, settings.max_length - 1)
+    _write(settings, HELDOUT, settings.heldout_sequences, base, draw, output, manifest)
 
 
 def _write(
@@ -87,7 +98,6 @@ def _write(
     read: str | None = None,
 ) -> None:
     """Draw ``count`` sequences, batch by batch, and write them; ``read`` is the digest of what ``draw`` reads."""
-    base.check_length(settings.max_length, "proxy.max_length")
     seeds = [sequence_seed(settings.seed, shard, index) for index in range(count)]
     about = {"artefact": "proxy", **base.identity, **manifest}
     samples: list[Sample] = []
@@ -97,7 +107,7 @@ def _write(
             batch = seeds[start : start + settings.batch_size]
 
             def drawn(batch: list[int] = batch) -> list[tuple[Any, ...]]:
-                return [astuple(one) for one in draw(uniform_numbers(batch, settings.max_length - 1))]
+                return [astuple(one) for one in draw(batch)]
 
             samples += [Sample(*one) for one in kept(unfinished / f"{start}.json", drawn)]
             tokens = sum(len(one.token_ids) for one in samples)
@@ -122,34 +132,36 @@ def _table(samples: list[Sample], seeds: list[int], tokenizer: PreTrainedTokeniz
     )
 
 
-def _from_model(base: Base, temperature: float) -> Draw:
+def _from_model(base: Base, temperature: float, steps: int) -> Draw:
     model, tokenizer = base.load_for_inference(), base.load_tokenizer()
-    return lambda uniforms: sample(model, uniforms, tokenizer.bos_token_id, tokenizer.eos_token_id, temperature)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return lambda seeds: sample(model, uniform_numbers(seeds, steps), bos, eos, temperature)
 
 
-def _from_corpus(base: Base, source: CorpusSource, corpora: Path) -> Draw:
+def _from_corpus(base: Base, source: CorpusSource, corpora: Path, steps: int) -> Draw:
     """Rows drawn with replacement, each by the first of its sequence's numbers, and cut where they are too long."""
     tokenizer = base.load_tokenizer()
     dataset = str(corpora / source.dataset)
     rows = read_rows(dataset, "proxy.sources.*.dataset")
     texts = [text for (text,) in render(rows, [source.text], dataset)]
 
-    def draw(uniforms: Tensor) -> list[Sample]:
+    def draw(seeds: list[int]) -> list[Sample]:
         rows = []
-        for number in (uniforms[:, 0] * len(texts)).long().tolist():
+        for number in (uniform_numbers(seeds, steps)[:, 0] * len(texts)).long().tolist():
             ids = [*encode(texts[number], tokenizer), tokenizer.eos_token_id]
-            rows.append(ids[: uniforms.shape[1] + 1])
+            rows.append(ids[: steps + 1])
         return [Sample(ids, [], finished=ids[-1] == tokenizer.eos_token_id) for ids in rows]
 
     return draw
 
 
-def _from_vocabulary(base: Base) -> Draw:
+def _from_vocabulary(base: Base, steps: int) -> Draw:
     tokenizer = base.load_tokenizer()
     words = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
     bos = tokenizer.bos_token_id
-    return lambda uniforms: [
-        Sample([bos, *ids], [], finished=False) for ids in words[(uniforms * len(words)).long()].tolist()
+    return lambda seeds: [
+        Sample([bos, *ids], [], finished=False)
+        for ids in words[(uniform_numbers(seeds, steps) * len(words)).long()].tolist()
     ]
 
 
@@ -184,6 +196,9 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
         temperature: divides the logits.
 
     All sequences start together, so no padding is ever needed; finished ones leave the batch and its cache.
+
+    Raises:
+        FoLoRAError: the model did not take the cache.
     """
     from transformers import DynamicCache
 
@@ -194,6 +209,10 @@ def sample(model: PreTrainedModel, uniforms: Tensor, bos: int, eos: int, tempera
     cache = DynamicCache()
     for step in range(uniforms.shape[1]):
         logits = model(input_ids=tokens, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if not cache.get_seq_length():  # versions that call it otherwise draw each token without those before it
+            raise FoLoRAError(
+                "this version of transformers leaves the cache empty: `folora doctor` says which to install"
+            )
         logprobs = torch.log_softmax(logits.double() / temperature, dim=-1)
         chosen = invert(logprobs.exp(), uniforms[active, step])
         chosen_logprobs = logprobs.gather(1, chosen[:, None])[:, 0]

@@ -8,6 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -52,6 +53,7 @@ def examine(params_file: Path) -> list[Finding]:
         file_system(_type_of_file_system(Path.cwd())),
         *locks(),
         *generated_code(params_file),
+        *vllm_backend(params_file),
     ]
 
 
@@ -178,6 +180,21 @@ def generated_code(path: Path) -> list[Finding]:
     except FoLoRAError as error:
         return [Finding("sandbox", PROBLEM, str(error), "or set it to false")]
     return [Finding("sandbox", OK, describe_sandbox()["sandbox"])]
+
+
+def vllm_backend(path: Path) -> list[Finding]:
+    """Whether vLLM is installed, where the parameters ask for it."""
+    try:
+        sources = load_params(path).proxy.sources.items()
+    except FoLoRAError:
+        sources = {}.items()  # what is wrong with them stands in another line
+    asking = [name for name, source in sources if getattr(source, "backend", None) == "vllm"]
+    if not asking:
+        return []
+    seen = f"asked for by proxy.sources.{asking[0]}.backend"
+    if find_spec("vllm"):
+        return [Finding("vllm", OK, seen)]
+    return [Finding("vllm", WARNING, f"{seen}, not installed here", "run that stage where it is: docs/guide.md")]
 
 
 def _type_of_file_system(folder: Path) -> str:
