@@ -5,6 +5,7 @@ This is the one file that uses DVC's undocumented index; ``pyproject.toml`` pins
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Stage:
         command: the shell command.
         inputs: outputs of other stages that it reads.
         sources: files that no stage makes (code, data).
+        reads: the paths that ``dvc.yaml`` gives for both; a folder stands for all that lies in it.
         outputs: what it writes; a path without a suffix is a folder.
         threads: cores it occupies.
         mem_mb: memory it may need.
@@ -66,6 +68,7 @@ class Stage:
     command: str
     inputs: tuple[str, ...]
     sources: tuple[str, ...]
+    reads: tuple[str, ...]
     outputs: tuple[str, ...]
     threads: int
     mem_mb: int
@@ -107,6 +110,7 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
                 command=stage.cmd,
                 inputs=tuple(dict.fromkeys(output for found in inputs.values() for output in found)),
                 sources=tuple(path for path, found in inputs.items() if not found),
+                reads=tuple(paths),
                 outputs=outputs[stage.addressing],
                 threads=int(stage.meta["threads"]),
                 mem_mb=int(stage.meta["mem_mb"]),
@@ -114,6 +118,14 @@ def resolve_stages(root: Path) -> dict[str, Stage]:
                 gpus=gpus[stage.meta.get("gpus")],
             )
         return resolved
+
+
+def output_patterns(root: Path) -> list[str]:
+    """What ``dvc.yaml`` says that stages write, with * for each value of a parameter."""
+    stages = YAML(typ="safe").load(root / "dvc.yaml")["stages"].values()
+    outputs = [output for stage in stages for output in stage.get("do", stage)["outs"]]
+    paths = [next(iter(output)) if isinstance(output, dict) else output for output in outputs]  # one with options
+    return [re.sub(r"\$\{[^}]*\}", "*", path) for path in paths]
 
 
 def stale_stages(root: Path) -> set[str]:

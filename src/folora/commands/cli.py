@@ -320,21 +320,22 @@ def publish(
 def clean(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs; deletes with --yes only.")] = False,
-    params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
-    """Delete results that params.yaml no longer names, logs, and what killed processes left; asks first."""
+    """Delete what stages made that params.yaml no longer names, logs, and what killed processes left; asks first."""
     from folora.commands.clean import find_leftovers, remove, stages_that_read
+    from folora.dag import resolve_stages
     from folora.params import load_params
 
-    leftovers = find_leftovers(load_params(params_file))
+    params, stages = load_params(DEFAULT_PARAMS), resolve_stages(Path.cwd())
+    leftovers = find_leftovers(params, stages)
     if as_json:
         _print_json([{**vars(left), "path": str(left.path)} for left in leftovers])
     elif leftovers:
         print_table(
             ["path", "why", "MB"], [[str(left.path), left.reason, f"{left.size / 1e6:.1f}"] for left in leftovers]
         )
-        for stage in stages_that_read(leftovers):
-            print(f"{stage} reads the folder of such a run, and runs again without it")
+        if readers := stages_that_read(leftovers, stages):
+            print(f"folders that hold some of it are read by these, which run again without it: {', '.join(readers)}")
         print(f"frees {sum(left.size for left in leftovers) / 1e6:.1f} MB; what DVC caches: dvc gc --workspace")
     else:
         print("nothing to delete")
