@@ -387,10 +387,15 @@ def test_spectrum_is_read_without_torch_and_gated_as_in_training(full: Path, pip
 def test_what_makes_a_spectrum_uncertain_is_said_in_red(
     full: Path, pipeline: Pipeline, evaluations: Path, tmp_path: Path
 ) -> None:
-    assert 'class="alarm"' not in (full / "index.html").read_text()
     assert "Two halves of the proxy text differ on at most" in (full / "index.html").read_text()
     tensors, manifest = read_tensors(pipeline.spectrum)
-    sick, weak, *_ = manifest["health"]
+    for record in manifest["health"].values():
+        record["top_share"] = 0.5
+    write_tensors(tmp_path / "well" / "subtraction" / "sampled.safetensors", tensors, manifest)
+    write_report(pipeline.params, evaluations, tmp_path / "well" / "report", spectra=tmp_path / "well")
+    assert 'class="alarm"' not in (tmp_path / "well" / "report" / "index.html").read_text()
+    sick, weak, heavy, *_ = manifest["health"]
+    manifest["health"][heavy]["top_share"] = 0.83
     manifest["health"][sick]["residual"] = 0.5
     manifest["health"][weak] |= {"gate_difference": 0.4, "tokens_needed": 123_456}
     manifest["health"][sick] |= {"gate_difference": None, "tokens_needed": None}
@@ -398,9 +403,12 @@ def test_what_makes_a_spectrum_uncertain_is_said_in_red(
     write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
     page = (tmp_path / "report" / "index.html").read_text()
     alarms = re.findall('<p class="alarm">(.*?)</p>', page)
-    assert [alarms[0].startswith(f"health: {sick}: the residual"), len(alarms)] == [True, 2]
-    assert "1 of 8 layer inputs have gates of which two halves of the proxy text differ on more than 5%" in alarms[1]
-    assert "some 123,456 are needed" in alarms[1]
+    assert [alarms[0].startswith(f"health: {sick}: the residual"), len(alarms)] == [True, 3]
+    assert "1 of 8 layer inputs have more than 50% of the proxy text" in alarms[1]
+    assert f"most of all {heavy} (83%)" in alarms[1]
+    assert "set covariance.proxy_positions to without_first" in alarms[1]
+    assert "1 of 8 layer inputs have gates of which two halves of the proxy text differ on more than 5%" in alarms[2]
+    assert "some 123,456 are needed" in alarms[2]
     assert "<td>–</td>" in page
 
 

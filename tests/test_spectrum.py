@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -216,6 +217,7 @@ def test_halves_of_the_proxy_text_are_compared(
         assert record["tokens_per_width"] == pytest.approx(manifest["proxy_tokens"] / one.health.width)
     inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
     monkeypatch.setattr("folora.stability.GATE_DIFFERENCE", 1e-6)
+    monkeypatch.setattr("folora.health.TOP_SHARE", 1.0)
     compute_spectrum(pipeline.params, *inputs)
     (warning,) = caplog.messages
     assert warning.startswith("subtraction, sampled: 8 of 8 layer inputs have gates of which two halves")
@@ -224,6 +226,19 @@ def test_halves_of_the_proxy_text_are_compared(
     alone = read_tensors(tmp_path / "x")[1]["health"].values()
     assert {(record["gate_difference"], record["tokens_needed"]) for record in alone} == {(None, None)}
     assert len(caplog.messages) == 1
+
+
+def test_a_direction_that_holds_most_of_a_moment_is_told(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = read_tensors(pipeline.spectrum)[1]
+    shares = {name: record["top_share"] for name, record in manifest["health"].items()}
+    worst = max(shares, key=lambda name: shares[name])
+    monkeypatch.setattr("folora.health.TOP_SHARE", 0.99 * shares[worst])
+    inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
+    compute_spectrum(pipeline.params, *inputs)
+    (warning,) = caplog.messages
+    assert re.match(rf"subtraction, sampled: \d of 8 layer inputs have more .* most of all {worst} \(\d\d%\)", warning)
 
 
 @pytest.mark.parametrize("eigenvalues", [torch.tensor(1.0), torch.zeros(0), torch.zeros(2, 2)])

@@ -23,6 +23,7 @@ MOST_TOKENS = 2**53
 # Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
 GATE_DIFFERENCE = 0.05
 
+TOP_SHARE = 0.5  # of a penalty's trace that one direction may have
 LOOPING = 0.05  # share of the proxy text's sequences that may end in a loop
 
 Size = Annotated[float, Field(ge=0)]
@@ -84,6 +85,23 @@ def breaches(health: Mapping[str, PencilHealth]) -> list[str]:
         )
         if not value <= limit
     ]
+
+
+def too_top_heavy(health: Mapping[str, PencilHealth]) -> str | None:
+    """One line where one direction has more of the proxy text's moment than ``TOP_SHARE``; None where none has.
+
+    Scale and ridge follow from the trace: where one direction holds nearly all of it (the first token's, in many
+    models) the ridge swamps the others, and λ = 1 is no equal share.
+    """
+    heavy = [name for name, record in health.items() if record.top_share > TOP_SHARE]
+    if not heavy:
+        return None
+    worst = max(heavy, key=lambda name: health[name].top_share)
+    return (
+        f"{len(heavy)} of {len(health)} layer inputs have more than {TOP_SHARE:.0%} of the proxy text's moment in one "
+        f"direction, most of all {worst} ({health[worst].top_share:.0%}), and ridge and τ say little of the others: "
+        "if it is the first token's, set covariance.proxy_positions to without_first"
+    )
 
 
 def too_many_loops(sequences: int, loops: int) -> str | None:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
-from folora.health import SINGLE, STORED, SpectrumManifest, breaches, too_few_tokens, too_many_loops
+from folora.health import SINGLE, STORED, SpectrumManifest, breaches, too_few_tokens, too_many_loops, too_top_heavy
 from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
 from folora.scratch import scratch
 from folora.stability import stability
@@ -80,7 +80,7 @@ def compute_spectrum(
         text = {field: sum(one[field] for one in proxy.manifests) for field in ("sequences", "loops")}
         manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": records, **text}
         health = fields_of(output, SpectrumManifest, manifest).health
-        for warning in (too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
+        for warning in (too_top_heavy(health), too_few_tokens(health, proxy.tokens), too_many_loops(**text)):
             if warning:
                 logger.warning("%s, %s: %s", task, source, warning)
         write_tensors(output, files, manifest)

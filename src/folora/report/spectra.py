@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from folora.health import breaches, too_few_tokens, too_many_loops
+from folora.health import breaches, too_few_tokens, too_many_loops, too_top_heavy
 from folora.methods.folora import FoLoRA
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def health_alarms(spectrum: Spectrum) -> list[str]:
     """One line for whatever makes the λ of this spectrum, or gates made of them, less than certain."""
     about = spectrum.manifest
     warnings = (
+        too_top_heavy(spectrum.health),
         too_few_tokens(spectrum.health, about["proxy_tokens"]),
         too_many_loops(about["sequences"], about["loops"]),
     )
