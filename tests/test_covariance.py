@@ -183,7 +183,7 @@ def run(modules, budget, output):
         while not done.wait(0.0005):
             seen.append(held())
 
-    watcher = Thread(target=watch)
+    watcher = Thread(target=watch, daemon=True)
     watcher.start()
     compute_covariance(changed, base, Path("rows"), Path(output))
     done.set()
