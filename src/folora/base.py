@@ -266,6 +266,7 @@ def load_tokenizer(folder: Path, loading: Loading) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=loading.trust_remote_code)
+        tokenizer("")  # what is damaged may be found in use
     except Exception as error:
         if type(error) is not Exception and not isinstance(error, configuration_errors()):
             raise
