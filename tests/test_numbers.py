@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from folora import covariance, spectrum
 from folora.errors import FoLoRAError
-from folora.health import SOLVED
+from folora.health import SOLVE_TOLERANCE
 from folora.moments import Moments, collect
 from folora.pencil import LayerSpectrum, normalise, solve_spectrum
 from folora.stability import stability
@@ -53,7 +53,7 @@ def check(one: LayerSpectrum) -> Tensor:
     assert spectrum.defect(one) is None
     assert all(torch.isfinite(tensor).all() for tensor in (one.basis, one.eigenvalues, one.penalty, one.utility))
     assert all(math.isfinite(value) for value in one.health.model_dump().values())
-    assert max(one.health.residual, one.health.orthonormality) <= SOLVED
+    assert max(one.health.residual, one.health.orthonormality) <= SOLVE_TOLERANCE
     gates = one.eigenvalues / (one.eigenvalues + 1)
     assert ((gates >= 0) & (gates <= 1)).all()
     return gates

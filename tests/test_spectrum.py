@@ -196,7 +196,7 @@ def test_a_pencil_that_is_not_solved_well_is_not_written(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where solved inputs stay, for a stage that goes on
-    monkeypatch.setattr("folora.health.SOLVED", 1e-17)
+    monkeypatch.setattr("folora.health.SOLVE_TOLERANCE", 1e-17)
     inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
     with pytest.raises(FoLoRAError, match=r"^model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
         compute_spectrum(*inputs, tmp_path / "x")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from folora.counted_text import SUMS, Sums, proxy_text, task_text
 from folora.errors import FoLoRAError
-from folora.health import PRODUCTS, TokenCount
+from folora.health import PRODUCT_TOLERANCE, TokenCount
 from folora.layers import Groups, adapted_layers, input_groups
 from folora.moments import FOURTH, Moments, split_passes
 from folora.rows import PROXY_COLUMNS, masked_rows
@@ -163,12 +163,12 @@ def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:
         return "a sum of squares is negative"
     scale = energies.sqrt()
     # what underflows in a square may still be seen in a product with a greater number
-    bound = scale[:, None] * scale + PRODUCTS**3 * energies.max()
-    if ((total - total.mT).abs() > PRODUCTS * bound).any():
+    bound = scale[:, None] * scale + PRODUCT_TOLERANCE**3 * energies.max()
+    if ((total - total.mT).abs() > PRODUCT_TOLERANCE * bound).any():
         return "its sum is not symmetric"
-    if (total.abs() > (1 + PRODUCTS) * bound).any():
+    if (total.abs() > (1 + PRODUCT_TOLERANCE) * bound).any():
         return "its sum is not positive semi-definite"
     square = energies.sum().square()  # (Σ ‖x‖²)², between Σ ‖x‖⁴ and as many times that as there are tokens
-    if fourth > (1 + PRODUCTS) * square or square > (1 + PRODUCTS) * tokens * fourth:
+    if fourth > (1 + PRODUCT_TOLERANCE) * square or square > (1 + PRODUCT_TOLERANCE) * tokens * fourth:
         return f"its sums are not those of {tokens} tokens"
     return None

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Products of a moment are float32, on some GPUs TF32: entries, traces and Σ ‖x‖⁴ of one text agree no better than this.
-PRODUCTS = 1e-3
+PRODUCT_TOLERANCE = 1e-3
 # Residual and deviation from orthonormality of a float64 solve are near 1e-12. Beyond this λ has lost the digits that
 # a gate shows.
-SOLVED = 1e-4
+SOLVE_TOLERANCE = 1e-4
 # Of directions found by block Lanczos those with the least λ are known less well, and their gates are nearly shut.
-LEADING = 1e-2
+LEADING_TOLERANCE = 1e-2
 # Basis and moments are stored as float32, so VᵀC_pV read back deviates from I by its rounding times the condition.
-STORED, SINGLE = 1e-3, 1e-6
+STORAGE_TOLERANCE, ROUNDING_TOLERANCE = 1e-3, 1e-6
 # A greater count of tokens is a damaged one: float64 sums over so many would have lost single tokens.
 MOST_TOKENS = 2**53
 # Share of a layer's gates on which two halves of the proxy text may differ; see docs/method.md.
@@ -76,15 +76,16 @@ class SpectrumManifest(BaseModel):
 
 def breaches(health: Mapping[str, PencilHealth]) -> list[str]:
     """One line for each figure of a layer input that is beyond its limit, and what to do."""
-    return [
-        f"{name}: the {figure} of its pencil is {value:.0e}, more than {limit:.0e}: raise spectrum.{remedy}"
-        for name, record in health.items()
-        for figure, value, limit, remedy in (
-            ("residual", record.residual, *((LEADING, "directions") if record.left_out else (SOLVED, "shrinkage"))),
-            ("orthonormality", record.orthonormality, SOLVED, "shrinkage"),
-        )
-        if not value <= limit
-    ]
+    found = []
+    for name, record in health.items():
+        solved = SOLVE_TOLERANCE, "shrinkage"
+        residual = (LEADING_TOLERANCE, "directions") if record.left_out else solved
+        for figure, (limit, remedy) in {"residual": residual, "orthonormality": solved}.items():
+            value = getattr(record, figure)
+            if not value <= limit:
+                reason = f"the {figure} of its pencil is {value:.0e}, more than {limit:.0e}"
+                found.append(f"{name}: {reason}: raise spectrum.{remedy}")
+    return found
 
 
 def too_top_heavy(health: Mapping[str, PencilHealth]) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from folora.processes import whole
+from folora.processes import gathered
 
 if TYPE_CHECKING:
     from folora.deltas import Layer, LayerGroup
@@ -28,7 +28,7 @@ def change(layer: Layer, moment: Tensor) -> Tensor:
 
 def output_energy(layer: Layer, moment: Tensor) -> Tensor:
     """tr(W C Wᵀ) = E‖W x‖² of one layer, a scalar."""
-    weight = whole(layer.weight).float()
+    weight = gathered(layer.weight).float()
     return ((weight @ moment) * weight).sum()
 
 

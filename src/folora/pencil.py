@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from folora.errors import FoLoRAError
-from folora.health import LEADING, PencilHealth, breaches
+from folora.health import LEADING_TOLERANCE, PencilHealth, breaches
 from folora.shrinkage import shrinkage_of
 
 if TYPE_CHECKING:
@@ -374,7 +374,7 @@ def leading(C_p: Tensor, L: Tensor, C_t: Tensor, count: int) -> tuple[Tensor, Te
         left_out = ritz[-count - 1] + (images @ beyond - ritz[-count - 1] * (basis @ beyond)).norm()
         V = torch.linalg.solve_triangular(L.mT, basis @ coefficients[:, -count:], upper=True)
         found = ritz[-count:], V, left_out
-        if relative_residual(C_p, C_t, *found[:2]) <= LEADING:
+        if relative_residual(C_p, C_t, *found[:2]) <= LEADING_TOLERANCE:
             break
     return found
 

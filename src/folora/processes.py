@@ -112,7 +112,7 @@ def shard(model: PreTrainedModel, device: str) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=embeddings)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gathered(tensor: Tensor) -> Tensor:
     """A tensor with all its parts; of a sharded one every process has to ask."""
     full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return full

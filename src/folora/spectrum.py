@@ -14,7 +14,15 @@ from tqdm import tqdm
 
 from folora.covariance import StoredMoments
 from folora.errors import FoLoRAError
-from folora.health import SINGLE, STORED, SpectrumManifest, breaches, too_few_tokens, too_many_loops, too_top_heavy
+from folora.health import (
+    ROUNDING_TOLERANCE,
+    STORAGE_TOLERANCE,
+    SpectrumManifest,
+    breaches,
+    too_few_tokens,
+    too_many_loops,
+    too_top_heavy,
+)
 from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
 from folora.scratch import scratch
 from folora.stability import stability
@@ -146,7 +154,7 @@ def defect(one: LayerSpectrum) -> str | None:
     quadratic = [V.mT @ (d / trace * (C.double() @ V)) for C, trace in zip(matrices[1:], traces, strict=True)]
     penalty = (1 - one.shrinkage) * quadratic[0] + one.shrinkage * V.mT @ V
     scale = penalty.diagonal().mean()  # c² of the basis
-    limit = STORED + SINGLE * one.health.condition
+    limit = STORAGE_TOLERANCE + ROUNDING_TOLERANCE * one.health.condition
     deviation = (penalty / scale - torch.eye(len(chosen), dtype=V.dtype)).abs().max()
     if not deviation <= limit:
         return f"its basis deviates from C_p-orthonormality by {float(deviation):.0e}"
