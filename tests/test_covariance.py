@@ -163,7 +163,7 @@ torch.set_num_threads(1)
 sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
 tokenizer = SimpleNamespace(pad_token_id=0)
-base = SimpleNamespace(identity={}, load_model=lambda: model, load_tokenizer=lambda: tokenizer)
+base = SimpleNamespace(identity={}, load_for_inference=lambda: model, load_tokenizer=lambda: tokenizer)
 write_table(Path("rows"), pa.table({"token_ids": [[1, 2, 3], [4, 5]]}), {"artefact": "proxy"})
 params = load_params(Path(sys.argv[1]))
 
