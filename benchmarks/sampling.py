@@ -10,7 +10,7 @@ import torch
 from bench import Row, alternate, faster, main
 from models import sized
 
-from folora.proxy import sample, uniform_numbers
+from folora.sampling import sample, uniform_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

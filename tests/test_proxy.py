@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from folora.errors import FoLoRAError
 from folora.params import Proxy
-from folora.proxy import generate_proxy, invert, loops, sample, sequence_seed, uniform_numbers
+from folora.proxy import generate_proxy, loops
+from folora.sampling import invert, sample, sequence_seed, uniform_numbers
 from folora.storage import read_table, read_tensors
 
 if TYPE_CHECKING:

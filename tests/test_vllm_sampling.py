@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora.commands.doctor import OK, WARNING, vllm_backend
 from folora.params import Params, Proxy
-from folora.proxy import generate_proxy, sequence_seed
+from folora.proxy import generate_proxy
+from folora.sampling import sequence_seed
 from folora.scratch import SCRATCH
 from folora.storage import read_table
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from conftest import Pipeline, Refused, SaveParams
 
     from folora.base import Base
-    from folora.proxy import Draw
+    from folora.sampling import Draw
 
 VOCABULARY = SHAPE["vocab_size"]
 TEMPERATURE, STEPS = 0.5, 24

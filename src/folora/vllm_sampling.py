@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folora.errors import FoLoRAError
-from folora.proxy import Sample
+from folora.sampling import Sample
 from folora.storage import MADE_WITH, made_with
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.base import Base
-    from folora.proxy import Draw
+    from folora.sampling import Draw
     from folora.storage import Manifest
 
 KEY = "proxy.sources.*.backend"
