@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from folora.errors import FoLoRAError
 from folora.evaluation_tasks import CodeEval
@@ -111,6 +112,16 @@ def test_a_choice_scored_by_its_length_is_the_answer(pipeline: Pipeline, folder:
         assert answer["score"] == float(answer["answer"] == answer["expected"])
         likeliest.append(max(choices, key=lambda choice: choices[choice]))
     assert [answer["answer"] for answer in answers] != likeliest
+
+
+def test_prompts_begin_with_bos_whatever_the_tokenizer_adds(pipeline: Pipeline, folder: Path) -> None:
+    """Many, GPT-2's and Qwen's among them, add nothing."""
+    expected = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely", "filtered"])
+    tokenizer = pipeline.base.load_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+    assert tokenizer("max 3 8>")["input_ids"][0] != tokenizer.bos_token_id
+    asked = Harness(folder, pipeline.params.evaluation, tokenizer)
+    assert asked.answers(pipeline.base.load_model(), ["likely", "filtered"]) == expected
 
 
 def test_the_likeliest_choice_is_the_answer(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:

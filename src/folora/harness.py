@@ -36,13 +36,17 @@ class Harness:
     Args:
         folder: ``evaluation/NAME.yaml`` holds a task of one's own, whose data files are relative to the folder.
         settings: batch size, how many items of a task, whether in the chat template.
-        tokenizer: of the model.
+        tokenizer: of the model; it comes to begin every text with BOS.
     """
 
     def __init__(self, folder: Path, settings: Evaluation, tokenizer: PreTrainedTokenizerBase) -> None:
         self._folder = folder
         self._settings = settings
         self._tokenizer = tokenizer
+        if tokenizer("")["input_ids"][:1] != [tokenizer.bos_token_id]:
+            tokenizer.add_bos_token = (
+                True  # as every row of training begins; the harness's own option adds none to these
+            )
         self._tasks: dict[str, dict[str, Any]] = {}
 
     def answers(self, model: PreTrainedModel | PeftModel, names: list[str]) -> list[Record]:
