@@ -149,7 +149,10 @@ def pin(source: Path, output: Path, **loading: Any) -> Base:
 
 def run_stages(pipeline: Pipeline, base: Base, folder: Path) -> Path:
     """Every stage from the task to a trained run; returns the run's folder."""
-    made, params = Pipeline(folder, pipeline.params, base), pipeline.params
+    own = shutil.copy(pipeline.folder / "mlflow.db", folder)  # the session's runs are looked at by other tests
+    tracking = pipeline.params.tracking.model_copy(update={"uri": f"sqlite:///{own}"})
+    params = pipeline.params.model_copy(update={"tracking": tracking})
+    made = Pipeline(folder, params, base)
     prepare_task(params.tasks["subtraction"], base, made.task)
     for shard in params.proxy.shards:
         rows = made.proxy / f"{shard}.parquet"
@@ -159,7 +162,7 @@ def run_stages(pipeline: Pipeline, base: Base, folder: Path) -> Path:
     compute_covariance(params, base, made.task, made.task_moments)
     compute_spectrum(params, "subtraction", "sampled", base, made.proxy_moments, made.task_moments, made.spectrum)
     inputs = TrainInputs(made.task, made.proxy, made.heldout, made.spectrum)
-    with contextlib.chdir(pipeline.folder):  # MLflow keeps artefacts below the working folder
+    with contextlib.chdir(folder):  # MLflow keeps artefacts below the working folder
         train_run(params, RUN, base, inputs, folder / "runs" / RUN)
         evaluate_method(params, METHOD, base, pipeline.world, made.heldout, folder / "runs", folder / "evaluation")
     return folder / "runs" / RUN
