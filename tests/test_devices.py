@@ -13,6 +13,8 @@ from folora import devices
 from folora.devices import VISIBLE, take_devices
 from folora.errors import FoLoRAError
 from folora.hold import hold
+from folora.loading import Loading
+from folora.spread import MAX_MEMORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,6 +111,26 @@ def test_a_spread_model_takes_all_of_its_devices_or_waits_without_any(
     monkeypatch.setattr(devices.time, "sleep", nap)
     assert taken(held, 2) == "1,2"
     assert third == ["2"]
+
+
+@pytest.mark.parametrize(("stage", "seen"), [("heldout", "0,1"), ("foundation", "0")])
+def test_only_stages_that_spread_the_model_take_its_devices(
+    stage: str,
+    seen: str,
+    machine: Callable[[int], None],
+    refused: Refused,
+    save_params: SaveParams,
+    tiny_values: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine(3)
+    monkeypatch.setenv(MAX_MEMORY, "0=1GB,1=1GB")
+    loading = Loading(device="cuda", dtype="float32", attention="eager", bos_token=None, trust_remote_code=False)
+    foundation = {"source": "pretrained", "model": "none", "revision": None, "loading": loading.model_dump()}
+    params = save_params(tiny_values | {"foundation": foundation})
+    reads = {"heldout": "--foundation", "foundation": "--world"}[stage]
+    assert refused(stage, reads, "none", "--threads", 1, "--params", params)
+    assert os.environ.get(VISIBLE) == seen
 
 
 def test_more_gpus_than_there_are_are_not_waited_for(machine: Callable[[int], None], held: ExitStack) -> None:

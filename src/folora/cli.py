@@ -83,7 +83,7 @@ def _prepare(
         output: what the stage writes.
         threads: for torch; None: the stage does not compute with it.
         model: whether a stage with threads runs the model, on a GPU where the parameters say so.
-        spread: whether the model may lie on several.
+        spread: whether the model may lie on several, as ``gpus: spread`` in dvc.yaml says to a scheduler.
     """
     from folora.devices import take_devices
     from folora.params import PretrainedFoundation, load_params
@@ -101,10 +101,11 @@ def _prepare(
         CONDITIONS["threads"] = threads
         foundation = params.foundation
         device = foundation.loading.device if isinstance(foundation, PretrainedFoundation) else "cpu"
-        # use_deterministic_algorithms would load the compiler: 1.4 s; on CUDA torch has no other cumsum for sampling
+        # use_deterministic_algorithms would load the compiler: 1.4 s; on CUDA the cumsum of sampling may be what raises
         torch.set_deterministic_debug_mode("error" if device == "cpu" else "warn")
         if model and processes.count() == 1:  # several of one training have theirs from their launcher
-            take_devices(HELD, gpu_count(device) if spread else min(1, gpu_count(device)))
+            count = gpu_count(device)
+            take_devices(HELD, count if spread else min(1, count))
     return params
 
 
@@ -116,7 +117,7 @@ def foundation(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Train the offline base model, or pin a model that exists."""
-    params = _prepare(params_file, output, threads)
+    params = _prepare(params_file, output, threads, spread=False)
     from folora.foundation import pin_foundation, train_foundation
     from folora.params import PretrainedFoundation
     from folora.world import write_world
