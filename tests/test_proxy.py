@@ -116,19 +116,23 @@ def chi_squared(tokens: list[int], probabilities: Tensor) -> float:
     return float(scipy.stats.chisquare(found, expected).pvalue)
 
 
-def test_samples_follow_the_model(model: PreTrainedModel) -> None:
-    count, temperature = 6000, 0.15
-    uniforms = uniform_numbers([sequence_seed(0, "test", i) for i in range(count)], 2)
-    samples = [one.token_ids for one in sample(model, uniforms, BOS, EOS, temperature)]
+def check_follows(samples: list[list[int]], model: PreTrainedModel, temperature: float, other: float) -> None:
+    """See that first and second tokens follow the model at a temperature, and would not at the other one."""
     first = [ids[1] for ids in samples]
     exact = next_token(model, [BOS], temperature).exp()
     assert chi_squared(first, exact) > 1e-3
     commonest = max(set(first) - {EOS}, key=first.count)
     second = [ids[2] for ids in samples if ids[1] == commonest]
     assert chi_squared(second, next_token(model, [BOS, commonest], temperature).exp()) > 1e-3
-    # the test would notice another temperature or another context
-    assert chi_squared(first, next_token(model, [BOS], 0.2).exp()) < 1e-6
+    # this would notice another temperature or another context
+    assert chi_squared(first, next_token(model, [BOS], other).exp()) < 1e-6
     assert chi_squared(second, exact) < 1e-6
+
+
+def test_samples_follow_the_model(model: PreTrainedModel) -> None:
+    count, temperature = 6000, 0.15
+    uniforms = uniform_numbers([sequence_seed(0, "test", i) for i in range(count)], 2)
+    check_follows([one.token_ids for one in sample(model, uniforms, BOS, EOS, temperature)], model, temperature, 0.2)
 
 
 def test_a_model_that_does_not_take_the_cache_is_refused(
