@@ -1,4 +1,7 @@
-"""Evaluation of the offline model on the default preset's tasks, against lm-eval's own model at its best batch size."""
+"""Evaluation of the offline model on the default preset's tasks, against lm-eval itself at its best batch size.
+
+Both ask and score the same items; ours keeps a record of each as well.
+"""
 
 from __future__ import annotations
 
@@ -35,36 +38,28 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
         write_world(params.world, Path(folder) / "world")
         tasks = Path(folder) / "world"
         harness = Harness(tasks, params.evaluation, tokenizer)
-        asked = _requests(harness, names)
+        own = {name: task for asked in names for name, task in harness.tasks(asked).items()}
         ours, *theirs = alternate(
             repeats,
             partial(harness.answers, model, names),
-            *(partial(peer, model, tokenizer, asked, batch) for batch in batches),
+            *(partial(peer, model, tokenizer, own, batch) for batch in batches),
         )
+        items = len(harness.answers(model, names))
     best = min(range(len(batches)), key=lambda one: median(theirs[one]))
-    work = f"{len(asked):,} items of {len(names)} tasks, offline model"
-    note = f"ours at batch {params.evaluation.batch_size}, and scored; peer at {batches[best]}, not scored"
-    yield faster("evaluation", "lm-eval's HFLM, answers alone", work, ours, theirs[best], 1, note)
+    work = f"{items:,} items of {len(names)} tasks, offline model"
+    note = f"ours at batch {params.evaluation.batch_size}, and kept; peer at {batches[best]}"
+    yield faster("evaluation", "lm-eval's evaluate with its HFLM", work, ours, theirs[best], 1, note)
 
 
-def _requests(harness: Harness, names: list[str]) -> list[Any]:
-    """What the harness asks of a model for these tasks."""
-    found = []
-    for name in names:
-        for task in harness.tasks(name).values():
-            task.build_all_requests(rank=0, world_size=1)
-            found += task.instances
-    return found
-
-
-def peer(model: Any, tokenizer: Any, requests: list[Any], batch: int) -> None:
-    """The harness's own model, asked directly."""
+def peer(model: Any, tokenizer: Any, tasks: dict[str, Any], batch: int) -> None:
+    """The harness with its own model."""
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, add_bos_token=True)
-    for kind in sorted({request.request_type for request in requests}):
-        options = {"disable_tqdm": True}
-        getattr(lm, kind)([request for request in requests if request.request_type == kind], **options)
+    lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
+    groups: dict[str, Any] = {"tasks": tasks, "groups": {}, "group_map": {}}
+    evaluate(lm, groups, bootstrap_iters=0, verbosity="ERROR")
 
 
 if __name__ == "__main__":

@@ -119,8 +119,13 @@ class Pipeline:
         return self.folder / "covariance" / "task" / "subtraction.safetensors"
 
     @property
+    def spectra(self) -> Path:
+        return self.folder / "spectrum" / "subtraction" / "sampled"
+
+    @property
     def spectrum(self) -> Path:
-        return self.folder / "spectrum" / "subtraction" / "sampled.safetensors"
+        """The one part that there is."""
+        return self.spectra / "0.safetensors"
 
     def copy(self, folder: Path) -> Pipeline:
         """A copy that a test may damage; the parameters still name the data set of the original."""
@@ -180,7 +185,9 @@ def make_pipeline(folder: Path, values: dict[str, Any]) -> Pipeline:
         )
     generate_heldout(params.proxy, made.base, made.heldout)
     compute_covariance(params, made.base, made.task, made.task_moments)
-    compute_spectrum(params, "subtraction", "sampled", made.base, made.proxy_moments, made.task_moments, made.spectrum)
+    compute_spectrum(
+        params, "subtraction", "sampled", 0, made.base, made.proxy_moments, made.task_moments, made.spectrum
+    )
     return made
 
 
@@ -189,7 +196,7 @@ def runs(pipeline: Pipeline) -> Path:
     """``METHOD/RUN`` folders of both runs of the pipeline's parameters, logged to its MLflow store."""
     from folora.train import TrainInputs, train_run
 
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     with contextlib.chdir(pipeline.folder):  # MLflow keeps artefacts below the working folder
         for name, run in pipeline.params.runs.items():
             train_run(pipeline.params, name, pipeline.base, inputs, pipeline.folder / "runs" / run.method / name)

@@ -350,7 +350,7 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
     write_adapter(made, adapter)
     (folder / "run" / "checkpoints" / "6").mkdir(parents=True)
     (folder / "run" / "checkpoints" / "6" / "x").touch()
-    manifest = run_manifest(params, run_name, base, TrainInputs(made.task, made.proxy, made.heldout, made.spectrum))
+    manifest = run_manifest(params, run_name, base, TrainInputs(made.task, made.proxy, made.heldout, made.spectra))
     write_json(folder / "run" / "manifest.json", manifest)
     history = pa.Table.from_pylist([{"step": 1, "loss": 0.5, "penalty": 0.1, "utility": 0.2, "kl": 0.01}])
     write_table(
@@ -441,7 +441,7 @@ def _first_inputs(path: Path) -> bytes:
     (length,) = struct.unpack("<Q", content[:8])
     manifest = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][METADATA_KEY])
     name = next(iter(manifest["groups"]))
-    for key in ("groups", "health"):
+    for key in ("groups", "health", "widths"):
         if key in manifest:
             manifest[key] = {name: manifest[key][name]}
     tensors = {key: tensor for key, tensor in safetensors.torch.load(content).items() if name in key}

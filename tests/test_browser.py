@@ -63,7 +63,7 @@ def screenshots(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def report(pipeline: Pipeline, runs: Path, evaluations: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("seen") / "report"
-    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectrum.parent.parent)
+    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectra.parent.parent)
     return folder / "index.html"
 
 

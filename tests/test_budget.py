@@ -67,7 +67,7 @@ def test_runs_end_inside_their_budgets(seed: int, pipeline: Pipeline, tmp_path: 
         methods = values["methods"] | {"lora": {"kind": "folora", "kl_budget": budget}}
         run = values["runs"][RUN] | {"seed": seed, "learning_rate": 0.02}
         params = Params.model_validate(values | {"methods": methods, "runs": values["runs"] | {RUN: run}})
-        inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+        inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
         folder = tmp_path / str(budget)
         train_run(params, RUN, pipeline.base, inputs, folder)
         model: Any = bare
@@ -87,7 +87,7 @@ def test_a_method_that_edits_the_base_refuses_a_budget(pipeline: Pipeline, tmp_p
     values = pipeline.values()
     methods = values["methods"] | {"lora": {"kind": "pissa", "kl_budget": 0.1}}
     params = Params.model_validate(values | {"methods": methods})
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     with pytest.raises(FoLoRAError, match=r"methods\.lora\.kl_budget: the change of pissa cannot be scaled back"):
         train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     assert not (tmp_path / "run").exists()

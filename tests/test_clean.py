@@ -39,7 +39,7 @@ KEPT = [
     "artifacts/proxy/sampled/0.parquet",
     "artifacts/covariance/proxy/sampled/0.safetensors",
     "artifacts/covariance/task/subtraction.safetensors",
-    "artifacts/spectrum/subtraction/sampled.safetensors",
+    "artifacts/spectrum/subtraction/sampled/0.safetensors",
     "artifacts/foundation/model.safetensors",
     "artifacts/heldout.parquet",
     ".snakemake/conda/environment",
@@ -57,7 +57,7 @@ LEFT = {
     "artifacts/covariance/proxy/sampled/7.safetensors": None,
     "artifacts/covariance/proxy/hot/0.safetensors": None,
     "artifacts/covariance/task/spelled.safetensors": None,
-    "artifacts/spectrum/spelled/sampled.safetensors": None,
+    "artifacts/spectrum/spelled/sampled/0.safetensors": None,
     "artifacts/spectrum/.subtraction.safetensors.{ended}.partial": None,
     "results/.report.{ended}.partial/page": "results/.report.{ended}.partial",
     ".snakemake/metadata/x": ".snakemake/metadata",
@@ -119,7 +119,7 @@ def test_only_what_is_left_over_is_found(littered: Path, params: Params, ended: 
     assert stages_that_read(leftovers, stages) == [
         "evaluate@lora",
         "report",
-        "spectrum@subtraction-sampled",
+        "spectrum@subtraction-sampled-0",
         "2 of train",
     ]
     before = files(littered)
@@ -134,7 +134,7 @@ def test_asks_first(littered: Path) -> None:
     before = files(littered)
     refused = CliRunner().invoke(app, options, input="n\n")
     assert refused.exit_code == 1
-    assert "which run again without it: evaluate@lora, report, spectrum@subtraction-sampled, 2 of" in refused.stdout
+    assert "which run again without it: evaluate@lora, report, spectrum@subtraction-sampled-0, 2 of" in refused.stdout
     assert CliRunner().invoke(app, options, input="").exit_code == 1  # no terminal to ask
     assert files(littered) == before
     assert CliRunner().invoke(app, options, input="y\n").exit_code == 0

@@ -135,8 +135,12 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str], in_tmp: Path) -> None:
     [
         (("task", "poetry"), "tasks: 'poetry' is not in params.yaml; there are subtraction"),
         (
-            ("spectrum", "poetry", "sampled", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
+            ("spectrum", "poetry", "sampled", "0", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
             "tasks: 'poetry' is not in params.yaml; there are subtraction",
+        ),
+        (
+            ("spectrum", "subtraction", "sampled", "7", "--proxy-moments=x", "--task-moments=x", "--threads=1"),
+            "spectrum.parts: 7 is not in params.yaml; there are 0",
         ),
         (
             ("train", "sgd", "--task-rows=x", "--proxy=x", "--heldout=x", "--spectrum=x", "--threads=1"),
@@ -172,7 +176,7 @@ def test_missing_foundation_says_what_to_run(
 ) -> None:
     name = {
         "task": ["subtraction"],
-        "spectrum": ["subtraction", "sampled"],
+        "spectrum": ["subtraction", "sampled", "0"],
         "proxy": ["sampled", "0"],
         "train": ["lora-3e-3-s0"],
     }
@@ -194,6 +198,7 @@ def test_read_only_results_folder_is_one_line(
         "spectrum": (
             "subtraction",
             "sampled",
+            "0",
             *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments, "--threads", 1),
         ),
     }[stage]
@@ -212,7 +217,7 @@ def test_full_disk_is_one_line(
         "foundation": ("--world", small_disk / "world"),
         "covariance": ("--foundation", pipeline.foundation, "--rows", pipeline.task),
         "spectrum": (
-            *("subtraction", "sampled", "--foundation", pipeline.foundation),
+            *("subtraction", "sampled", "0", "--foundation", pipeline.foundation),
             *("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments),
         ),
     }[stage]

@@ -160,7 +160,7 @@ def test_a_folder_where_nothing_ran_says_so(pipeline: Pipeline, in_tmp: Path) ->
 def test_training_returns_the_time_of_a_step(pipeline: Pipeline, store: Tracking, in_tmp: Path) -> None:
     from folora.train import TrainInputs, train_run
 
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     params = pipeline.params.model_copy(update={"tracking": store})
     step = train_run(params, RUNS["lora"], pipeline.base, inputs, in_tmp / "run")
     assert 0 < step < 10

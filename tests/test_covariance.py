@@ -15,6 +15,7 @@ from folora.errors import FoLoRAError
 from folora.layers import adapted_layers
 from folora.moments import memory_of, split_passes
 from folora.storage import read_table, read_tensors, write_table, write_tensors
+from folora.triangle import half_size, whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,8 @@ def test_sums_are_those_of_single_rows(rows: str, positions: str, pipeline: Pipe
     for leader, names in manifest["groups"].items():
         assert sums[leader].dtype == torch.float64
         for name in names:  # layers of one group read the same input
-            torch.testing.assert_close(sums[leader], expected[name], rtol=1e-5, atol=1e-4)
+            found = whole_of(sums[leader], len(expected[name]))
+            torch.testing.assert_close(found, expected[name], rtol=1e-5, atol=1e-4)
 
 
 def test_the_first_rows_of_a_task_are_enough(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ from folora.params import load_params
 from folora.storage import write_table
 
 torch.set_num_threads(1)
-sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
 tokenizer = SimpleNamespace(pad_token_id=0)
 base = SimpleNamespace(identity={}, load_for_inference=lambda: model, load_tokenizer=lambda: tokenizer)
@@ -203,7 +205,7 @@ def test_peak_memory_stays_within_the_budget(pipeline: Pipeline, save_params: Sa
     command = [sys.executable, "-c", PEAK, str(file), str(budget)]
     printed = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     within, at_once = map(int, printed.split())
-    moments = 8 * 4 * (3 * 1024**2 + 2048**2)
+    moments = 8 * 6 * (3 * half_size(1024) + half_size(2048))
     assert within <= budget < moments / 2
     assert at_once >= moments
     assert (tmp_path / "within").read_bytes() == (tmp_path / "at once").read_bytes()
@@ -259,11 +261,11 @@ def test_no_token_that_counts_is_an_error(pipeline: Pipeline, tmp_path: Path) ->
 
 Q = "model.layers.0.self_attn.q_proj"
 SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
-    "asymmetric": (lambda t, _: t[Q][3].mul_(2), "its sum is not symmetric"),
+    "asymmetric": (lambda t, _: t[Q].view(32, 32)[3].mul_(2), "its sum is not symmetric"),
     "negative": (lambda t, _: t[Q].neg_(), "a sum of squares is negative"),
-    "indefinite": (lambda t, _: t[Q].fill_diagonal_(1e-3), "its sum is not positive semi-definite"),
-    "shape": (lambda t, _: t.update({Q: t[Q][:-1].clone()}), "its sum is not a square matrix"),
-    "empty": (lambda t, _: t.update({Q: t[Q][:0, :0].clone()}), "its sum is not a square matrix"),
+    "indefinite": (lambda t, _: t[Q].view(32, 32).fill_diagonal_(1e-3), "its sum is not positive semi-definite"),
+    "shape": (lambda t, _: t.update({Q: t[Q][:-1].clone()}), "its sum is not the half of a matrix of width 32"),
+    "empty": (lambda t, _: t.update({Q: t[Q][:0].clone()}), "its sum is not the half of a matrix of width 32"),
     "type": (lambda t, _: t.update({Q: t[Q].float()}), "its sums are not float64"),
     "fourth": (lambda t, _: t[f"fourth/{Q}"].mul_(1e6), "its sums are not those of"),
     "tokens": (lambda _, m: m.update(tokens=3), "its sums are not those of 3 tokens"),
@@ -272,6 +274,7 @@ SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "text": (lambda _, m: m.update(tokens="9"), "tokens: Input should be a valid integer (got '9')"),
     "tensor": (lambda t, _: t.pop(Q), f"lacks {Q}: delete it"),
     "groups": (lambda _, m: m.pop("groups"), "groups: Field required"),
+    "widths": (lambda _, m: m["widths"].pop(Q), "widths and groups name other layer inputs"),
 }
 
 
@@ -284,4 +287,4 @@ def test_sick_moments_are_refused_and_the_layer_named(sickness: str, pipeline: P
     with pytest.raises(FoLoRAError, match=r"x: ") as refused:
         StoredMoments([(tmp_path / "x", {})])
     assert expected in str(refused.value)
-    assert sickness in ("tokens", "many tokens", "no tokens", "text", "groups") or Q in str(refused.value)
+    assert sickness in ("tokens", "many tokens", "no tokens", "text", "groups", "widths") or Q in str(refused.value)

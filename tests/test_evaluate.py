@@ -304,7 +304,7 @@ def test_some_tasks_are_asked_at_the_best_rate_only(
     further: tuple[Params, Path], pipeline: Pipeline, runs: Path, tmp_path: Path
 ) -> None:
     params, world = further
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     shutil.copytree(runs / "lora", tmp_path / "runs")
     train_run(params, "lora-1e-2-s0", pipeline.base, inputs, tmp_path / "runs" / "lora-1e-2-s0")
     evaluate_method(

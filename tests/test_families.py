@@ -160,8 +160,8 @@ def run_stages(pipeline: Pipeline, base: Base, folder: Path) -> Path:
         compute_covariance(params, base, rows, made.proxy_moments / f"{shard}.safetensors")
     generate_heldout(params.proxy, base, made.heldout)
     compute_covariance(params, base, made.task, made.task_moments)
-    compute_spectrum(params, "subtraction", "sampled", base, made.proxy_moments, made.task_moments, made.spectrum)
-    inputs = TrainInputs(made.task, made.proxy, made.heldout, made.spectrum)
+    compute_spectrum(params, "subtraction", "sampled", 0, base, made.proxy_moments, made.task_moments, made.spectrum)
+    inputs = TrainInputs(made.task, made.proxy, made.heldout, made.spectra)
     with contextlib.chdir(folder):  # MLflow keeps artefacts below the working folder
         train_run(params, RUN, base, inputs, folder / "runs" / RUN)
         evaluate_method(params, METHOD, base, pipeline.world, made.heldout, folder / "runs", folder / "evaluation")
@@ -184,7 +184,7 @@ def test_a_family_goes_through_the_pipeline(family: str, pipeline: Pipeline, tmp
     adapted = {one["module"].rpartition(".*.")[2]: one["count"] for one in covered if one["adapted"]}
     assert adapted == expected
     assert all(one["why"] for one in covered if not one["adapted"])
-    _, spectrum = read_tensors(tmp_path / "spectrum" / "subtraction" / "sampled.safetensors")
+    _, spectrum = read_tensors(tmp_path / "spectrum" / "subtraction" / "sampled" / "0.safetensors")
     assert len(spectrum["groups"]) == 2 * inputs
 
     ids = torch.tensor([[1, 5, 9, 7, 4]])

@@ -26,7 +26,7 @@ Q, HEAD = "model.layers.0.self_attn.q_proj", "lm_head"
 
 
 def measure(pipeline: Pipeline, adapter: Path, tasks: Path | None = None) -> Forgetting:
-    yardsticks = Yardsticks(pipeline.heldout, pipeline.spectrum, tasks or pipeline.world)
+    yardsticks = Yardsticks(pipeline.heldout, pipeline.spectra, tasks or pipeline.world)
     return measure_forgetting(pipeline.params, adapter, pipeline.base, yardsticks)
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_adapter_for_this_model_is_one_line(pipeline: Pipeline, runs:
 
 
 def test_the_command(pipeline: Pipeline, runs: Path, save_params: SaveParams) -> None:
-    places = {"foundation": pipeline.foundation, "heldout": pipeline.heldout, "spectrum": pipeline.spectrum}
+    places = {"foundation": pipeline.foundation, "heldout": pipeline.heldout, "spectrum": pipeline.spectra}
     places |= {"tasks": pipeline.world, "params": save_params(pipeline.values())}
     options = [str(part) for name, path in places.items() for part in (f"--{name}", path)]
     command = ["forget", str(runs / "lora" / LORA / "adapter"), *options]

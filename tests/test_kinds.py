@@ -77,7 +77,7 @@ def test_starts_at_the_base_and_exports_what_it_trained(
 
     monkeypatch.setattr(Training, "fit", spy)
     monkeypatch.setattr(Sender, "do", lambda *_: None)  # MLflow takes as long as such a training
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     with torch.no_grad():
         trained = seen[0].model.eval()(input_ids=ids).logits

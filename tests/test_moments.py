@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folora.layers import adapted_layers, batches
 from folora.library import second_moments
 from folora.moments import Moments, collect
+from folora.triangle import half_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +102,6 @@ def test_equal_a_loop_over_tokens_for_any_batch_size_and_padding(
     assert found.tokens == TOKENS
     for name, products in looped.items():
         assert found.sums[name].dtype == torch.float64
-        assert_close(found.sums[name], torch.stack(products).sum(0))
         assert_close(found.mean(name), torch.stack(products).mean(0))
 
 
@@ -122,24 +123,21 @@ def test_only_selected_tokens_count(model: LlamaForCausalLM, layers: Layers, loo
 def test_one_shard_equals_many_in_any_order(model: LlamaForCausalLM, layers: Layers, order: list[int]) -> None:
     whole = moments(model, layers, size=1)
     shards = [moments(model, layers, rows, size=1) for rows in (ROWS[:1], ROWS[1:5], ROWS[5:])]
-    total = Moments({}, {})
-    for number in order:
-        total.add(shards[number])
+    total = reduce(Moments.plus, [shards[number] for number in order])
     assert total.tokens == whole.tokens
     for name in layers:
         assert_close(total.mean(name), whole.mean(name), 1e-12)
 
 
-def test_adding_leaves_the_other_shard_alone() -> None:
-    eye, fourth = torch.eye(2).double(), {"x": torch.tensor(7.0)}
-    one, two = Moments({"x": eye}, fourth, 3), Moments({"x": 4 * eye}, fourth, 5)
-    total = Moments({}, {})
-    for shard in (one, two):
-        total.add(shard)
-        total.sums["x"] += 100
-    assert (one.sums["x"][0, 0], two.sums["x"][0, 0], total.sums["x"][0, 0]) == (1, 4, 205)
-    assert (one.tokens, two.tokens, total.tokens) == (3, 5, 8)
-    assert (fourth["x"], total.fourths["x"]) == (7, 14)
+def test_adding_and_taking_away_leave_the_shards_alone() -> None:
+    eye, fourth = half_of(torch.eye(2).double()), {"x": torch.tensor(7.0)}
+    one, two = (Moments({"x": 2}, {"x": factor * eye}, fourth, tokens) for factor, tokens in ((1, 3), (4, 5)))
+    total = one.plus(two)
+    total.sums["x"] += 100
+    left = total.minus(one)
+    assert [moments.sums["x"][0] for moments in (one, two, total, left)] == [1, 4, 105, 104]
+    assert [moments.tokens for moments in (one, two, total, left)] == [3, 5, 8, 5]
+    assert [moments.fourths["x"] for moments in (one, two, total, left)] == [7, 7, 14, 7]
 
 
 def test_sums_are_float64() -> None:
@@ -158,7 +156,7 @@ def test_bfloat16_inputs_are_multiplied_in_float32() -> None:
     with torch.no_grad(), collect({"x": layer}) as collector:
         collector.select(torch.ones(1, 1, dtype=torch.bool))
         layer(x)
-    assert collector.moments.sums["x"].tolist() == [[1.0078125**2, -3 * 1.0078125], [-3 * 1.0078125, 9]]
+    assert collector.moments.mean("x").tolist() == [[1.0078125**2, -3 * 1.0078125], [-3 * 1.0078125, 9]]
 
 
 def test_collecting_leaves_outputs_and_hooks_as_they_were(model: LlamaForCausalLM, layers: Layers) -> None:
@@ -199,10 +197,10 @@ def test_activations_made_twice_are_counted_once(measure: str) -> None:
         found = second_moments(adapted.model.get_base_model(), [BATCH]).moments
     else:
         found = adapted.task_moments()
-    before = {name: total.clone() for name, total in found.sums.items()}
+    before = {name: found.mean(name) for name in found.sums}
     loss.backward()
     assert found.tokens == expected.tokens == BATCH["input_ids"].numel()
-    for name, total in expected.sums.items():
+    for name in expected.sums:
         own = name if measure == "training" else next(key for key in found.sums if name in key)
-        assert_close(found.sums[own], total)
-        assert torch.equal(found.sums[own], before[own])
+        assert_close(found.mean(own), expected.mean(name))
+        assert torch.equal(found.mean(own), before[own])

@@ -41,7 +41,7 @@ def outcome(proxy: Tensor, task: Tensor, shrinkage: Any = 0.01) -> LayerSpectrum
     try:
         sums = [measured(proxy), measured(task)]
         for one in sums:
-            if found := covariance.defect(one.sums[X], one.fourths[X], one.tokens):
+            if found := covariance.defect(one.sums[X], one.widths[X], one.fourths[X], one.tokens):
                 return found
         return solve_spectrum(*sums, {X: [X]}, shrinkage).inputs[X]
     except FoLoRAError as error:
@@ -130,7 +130,7 @@ def test_text_without_a_finite_energy_is_one_line(value: float, shrinkage: Any) 
 
 @pytest.mark.parametrize("shrinkage", [0.01, "ledoit-wolf", "oas"])
 def test_no_token_at_all_is_one_line(shrinkage: Any) -> None:
-    sums = Moments({X: torch.zeros(3, 3, dtype=torch.float64)}, {X: torch.zeros((), dtype=torch.float64)}, 0)
+    sums = measured(noise(0, 0, 3))
     with pytest.raises(FoLoRAError, match="the penalty moments are of no token"):
         solve_spectrum(sums, measured(noise(0, 5, 3)), {X: [X]}, shrinkage)
 

@@ -20,6 +20,7 @@ from folora.pencil import (
     solve,
     solve_spectrum,
 )
+from folora.triangle import half_of
 
 WIDTH = 7
 
@@ -258,7 +259,7 @@ def test_the_krylov_basis_grows_until_the_directions_have_converged(d: int) -> N
 
 def test_directions_that_do_not_converge_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("folora.pencil.KRYLOV_DOUBLINGS", 0)
-    penalty, utility = (Moments({"x": C}, {"x": torch.tensor(1.0)}, 1) for C in flat(300))
+    penalty, utility = (Moments({"x": 300}, {"x": half_of(C)}, {"x": torch.tensor(1.0)}, 1) for C in flat(300))
     expected = "x: the residual of its pencil is 2e-01, more than 1e-02: raise spectrum.directions"
     with pytest.raises(FoLoRAError, match=expected):
         solve_spectrum(penalty, utility, {"x": ["x"]}, 0.01, directions=16)

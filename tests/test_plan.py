@@ -103,7 +103,8 @@ def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) 
     plan = make_plan(Params.model_validate(llama_8b))
     stages = {stage.stage: stage for stage in plan.stages}
     squares = 32 * (3 * 4096**2 + 14_336**2)
-    assert stages["covariance"].memory > 2 * 8_030_261_248 + 8 * squares
+    halves = squares * 9 // 16  # of symmetric sums, in eight blocks
+    assert stages["covariance"].memory > 2 * 8_030_261_248 + 8 * halves
     assert stages["spectrum"].disk == 3 * 4 * squares
     assert any("32 inputs of width 14,336" in line for line in plan.warnings)
     assert any("covariance needs" in line for line in plan.warnings)
@@ -111,7 +112,7 @@ def test_a_large_model_is_planned_without_its_weights(llama_8b: dict[str, Any]) 
 
 def test_the_basis_of_a_wide_input_can_be_truncated(llama_8b: dict[str, Any]) -> None:
     whole = make_plan(Params.model_validate(llama_8b))
-    part = make_plan(Params.model_validate(llama_8b | {"spectrum": {"shrinkage": 0.01, "directions": 512}}))
+    part = make_plan(Params.model_validate(llama_8b | {"spectrum": llama_8b["spectrum"] | {"directions": 512}}))
     (line,) = [line for line in part.warnings if "14,336" in line and "spectrum.directions" in line]
     assert "32 inputs of width 14,336 keep the 512 directions with the greatest λ, " in line
     assert "instead of 13.2 GB of all 14,336" in line
@@ -126,13 +127,12 @@ def test_moments_can_be_summed_in_several_passes(llama_8b: dict[str, Any]) -> No
         values = llama_8b | {"covariance": llama_8b["covariance"] | {"memory_budget": budget}}
         return make_plan(Params.model_validate(values))
 
-    whole, part = planned(None), planned("20 GB")
+    whole, part = planned(None), planned("10 GB")
     (line,) = [line for line in part.warnings if "covariance.memory_budget" in line]
-    assert re.match(
-        r"covariance\.memory_budget: 4 passes over each text, 1\d\.\d GB of moments at once instead of 6", line
-    )
+    expected = r"covariance\.memory_budget: 4 passes over each text, 9\.\d GB of moments at once instead of 37\.2"
+    assert re.match(expected, line)
     before, after = ({stage.stage: stage for stage in plan.stages}["covariance"] for plan in (whole, part))
-    assert before.memory - after.memory > 40e9
+    assert before.memory - after.memory > 25e9
     assert after.disk == before.disk
     assert after.operations - before.operations == pytest.approx(3 * 2 * 8_030_261_248 * before.tokens)
     assert not any("covariance.memory_budget" in line for line in [*whole.warnings, *planned("80 GB").warnings])
@@ -194,7 +194,7 @@ def test_seventy_billion_parameters_are_planned(monkeypatch: pytest.MonkeyPatch)
     shape, _ = shape_of(empty_model(params), params)
     assert shape.parameters == 70_553_706_496
     stages = {stage.stage: stage for stage in plan_stages(params, shape, 1e12, 1e12)}
-    moments = 8 * 80 * 3 * 8192**2
+    moments = 8 * 80 * 3 * 8192**2 * 9 // 16
     assert stages["covariance"].disk == 11 * moments
     assert stages["covariance"].memory > 2 * shape.parameters + moments
     assert stages["spectrum"].operations == 3 * 80 * 3 * 13 * 8192**3

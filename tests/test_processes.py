@@ -53,7 +53,7 @@ ACCELERATE += ["--dynamo_backend=no", "--main_process_port=0", "--no_python"]
 def arguments(pipeline: Pipeline, params: Path, run: str, output: Path) -> list[object]:
     """The command of the train stage."""
     inputs = {"foundation": pipeline.foundation, "task-rows": pipeline.task, "proxy": pipeline.proxy}
-    inputs |= {"heldout": pipeline.heldout, "spectrum": pipeline.spectrum, "params": params, "output": output}
+    inputs |= {"heldout": pipeline.heldout, "spectrum": pipeline.spectra, "params": params, "output": output}
     return [
         "folora",
         "train",
@@ -113,7 +113,7 @@ def test_two_processes_train_the_adapter_of_one(
     """The same to the last bit where each holds half of the base's blocks."""
     save_params(values)
     Path("train.py").write_text(ALL_RUNS)
-    paths = (pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    paths = (pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     subprocess.run([*ACCELERATE, sys.executable, "train.py", pipeline.foundation, *paths], check=True)
     params = Params.model_validate(values)
     assert {path.name for path in Path("sharded").iterdir()} > {"lora", "distilled", "folora-refreshed"}

@@ -190,7 +190,7 @@ def test_missing_input_is_one_line(
 
 
 def test_a_shard_is_no_heldout_text(pipeline: Pipeline, in_tmp: Path) -> None:
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.proxy / "0.parquet", pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.proxy / "0.parquet", pipeline.spectra)
     with pytest.raises(FoLoRAError, match="made with shard 0, but heldout is expected"):
         train_run(pipeline.params, LORA, pipeline.base, inputs, in_tmp / "run")
     with pytest.raises(FoLoRAError, match="made with shard 0, but heldout is expected"):

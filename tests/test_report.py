@@ -173,7 +173,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
 def full(tmp_path_factory: pytest.TempPathFactory, pipeline: Pipeline, runs: Path, evaluations: Path) -> Path:
     """The report of the tiny pipeline, with every section."""
     folder = tmp_path_factory.mktemp("full") / "report"
-    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectrum.parent.parent)
+    write_report(pipeline.params, evaluations, folder, runs=runs, spectra=pipeline.spectra.parent.parent)
     return folder
 
 
@@ -391,7 +391,7 @@ def test_what_makes_a_spectrum_uncertain_is_said_in_red(
     tensors, manifest = read_tensors(pipeline.spectrum)
     for record in manifest["health"].values():
         record["top_share"] = 0.5
-    write_tensors(tmp_path / "well" / "subtraction" / "sampled.safetensors", tensors, manifest)
+    write_tensors(tmp_path / "well" / "subtraction" / "sampled" / "0.safetensors", tensors, manifest)
     write_report(pipeline.params, evaluations, tmp_path / "well" / "report", spectra=tmp_path / "well")
     assert 'class="alarm"' not in (tmp_path / "well" / "report" / "index.html").read_text()
     sick, weak, heavy, *_ = manifest["health"]
@@ -399,7 +399,7 @@ def test_what_makes_a_spectrum_uncertain_is_said_in_red(
     manifest["health"][sick]["residual"] = 0.5
     manifest["health"][weak] |= {"gate_difference": 0.4, "tokens_needed": 123_456}
     manifest["health"][sick] |= {"gate_difference": None, "tokens_needed": None}
-    write_tensors(tmp_path / "subtraction" / "sampled.safetensors", tensors, manifest)
+    write_tensors(tmp_path / "subtraction" / "sampled" / "0.safetensors", tensors, manifest)
     write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
     page = (tmp_path / "report" / "index.html").read_text()
     alarms = re.findall('<p class="alarm">(.*?)</p>', page)
@@ -449,7 +449,7 @@ def test_another_process_writes_the_same_bytes_and_imports_no_torch(
         "evaluations, output, runs, spectra = map(Path, sys.argv[2:])\n"
         "write_report(params, evaluations, output, runs=runs, spectra=spectra)\n"
     )
-    paths = (save_params(pipeline.values()), evaluations, tmp_path / "report", runs, pipeline.spectrum.parent.parent)
+    paths = (save_params(pipeline.values()), evaluations, tmp_path / "report", runs, pipeline.spectra.parent.parent)
     command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -510,11 +510,11 @@ def test_missing_run_folder_or_spectrum_is_named(
     shutil.copytree(runs / "lora", tmp_path / "runs" / "lora")
     with pytest.raises(FoLoRAError, match=r"folora-replay-1e-2-s0/manifest\.json: not found"):
         write_report(pipeline.params, evaluations, tmp_path / "report", runs=tmp_path / "runs")
-    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: not found"):
+    with pytest.raises(FoLoRAError, match=r"subtraction/sampled/0\.safetensors: not found"):
         write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
-    (tmp_path / "subtraction").mkdir()
-    (tmp_path / "subtraction" / "sampled.safetensors").write_bytes(pipeline.spectrum.read_bytes()[:-5])
-    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: damaged or truncated"):
+    (tmp_path / "subtraction" / "sampled").mkdir(parents=True)
+    (tmp_path / "subtraction" / "sampled" / "0.safetensors").write_bytes(pipeline.spectrum.read_bytes()[:-5])
+    with pytest.raises(FoLoRAError, match=r"subtraction/sampled/0\.safetensors: damaged or truncated"):
         write_report(pipeline.params, evaluations, tmp_path / "report", spectra=tmp_path)
 
 

@@ -89,7 +89,7 @@ def train(pipeline: Pipeline, method: dict[str, Any], output: Path, **values: An
     values = pipeline.values() | values
     values["methods"] = values["methods"] | {"lora": method}
     values["train"] = values["train"] | {"steps": 9}
-    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     train_run(Params.model_validate(values), LORA, pipeline.base, inputs, output)
 
 
@@ -208,7 +208,7 @@ def test_sigterm_leaves_nothing_half_written(pipeline: Pipeline, save_params: Sa
     arguments = [
         *("train", LORA, "--params", save_params(values), "--output", tmp_path / "run", "--threads", 1),
         *("--foundation", pipeline.folder / "foundation", "--task-rows", pipeline.task, "--proxy", pipeline.proxy),
-        *("--heldout", pipeline.heldout, "--spectrum", pipeline.spectrum),
+        *("--heldout", pipeline.heldout, "--spectrum", pipeline.spectra),
     ]
     command = [sys.executable, "-c", "from folora.cli import main; main()", *map(str, arguments)]
     with subprocess.Popen(command, env=os.environ | {INTERVAL: "0"}, stderr=subprocess.PIPE) as process:
@@ -283,7 +283,7 @@ def test_spectrum_goes_on_at_the_input_it_stopped_in(
 ) -> None:
     def solve() -> None:
         moments = pipeline.proxy_moments, pipeline.task_moments
-        compute_spectrum(pipeline.params, "subtraction", "sampled", pipeline.base, *moments, tmp_path / "x")
+        compute_spectrum(pipeline.params, "subtraction", "sampled", 0, pipeline.base, *moments, tmp_path / "x")
 
     with monkeypatch.context() as patched:
         killed_after(patched, folora.spectrum, "input_spectrum", 3)

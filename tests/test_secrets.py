@@ -62,7 +62,7 @@ def test_a_run_against_a_server_with_a_password_keeps_it_to_itself(
     arguments = [
         *("--debug", "train", LORA, "--params", save_params(values), "--output", tmp_path / "run", "--threads", 1),
         *("--foundation", pipeline.folder / "foundation", "--task-rows", pipeline.task, "--proxy", pipeline.proxy),
-        *("--heldout", pipeline.heldout, "--spectrum", pipeline.spectrum),
+        *("--heldout", pipeline.heldout, "--spectrum", pipeline.spectra),
     ]
     command = [sys.executable, "-c", "from folora.cli import main; main()", *map(str, arguments)]
     environment = os.environ | {"HF_TOKEN": TOKEN, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
@@ -92,7 +92,7 @@ def test_a_pickled_adapter_is_refused(pipeline: Pipeline, runs: Path, tmp_path: 
     strange.mkdir()
     (strange / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     (strange / "adapter_model.bin").write_bytes(pickle.dumps(Harm()))
-    yardsticks = Yardsticks(pipeline.heldout, pipeline.spectrum, pipeline.world)
+    yardsticks = Yardsticks(pipeline.heldout, pipeline.spectra, pipeline.world)
     with pytest.raises(FoLoRAError, match=r"adapter_model\.safetensors: not found"):
         measure_forgetting(pipeline.params, strange, pipeline.base, yardsticks)
     assert not Path("harm").exists()

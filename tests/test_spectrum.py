@@ -13,6 +13,7 @@ from folora.pencil import normalise
 from folora.spectrum import compute_spectrum, read_spectrum
 from folora.stability import gate_difference, tokens_needed
 from folora.storage import read_tensors, write_tensors
+from folora.triangle import whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,9 +46,11 @@ def test_moments_are_means_over_all_shards(pipeline: Pipeline) -> None:
     _, manifest = read_tensors(pipeline.spectrum)
     assert (manifest["proxy_tokens"], manifest["task_tokens"]) == (tokens, task_manifest["tokens"])
     for name, one in read_spectrum(pipeline.spectrum).inputs.items():
-        mean = (shards[0][0][name] + shards[1][0][name]) / tokens
-        torch.testing.assert_close(one.penalty.double(), mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(one.utility.double(), task[name] / task_manifest["tokens"], rtol=1e-6, atol=1e-6)
+        width = task_manifest["widths"][name]
+        penalty = whole_of(shards[0][0][name] + shards[1][0][name], width) / tokens
+        utility = whole_of(task[name], width) / task_manifest["tokens"]
+        torch.testing.assert_close(one.penalty.double(), penalty, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(one.utility.double(), utility, rtol=1e-6, atol=1e-6)
 
 
 def test_every_adapted_layer_is_in_one_group(pipeline: Pipeline) -> None:
@@ -62,14 +65,15 @@ def test_every_adapted_layer_is_in_one_group(pipeline: Pipeline) -> None:
 
 
 def test_same_moments_give_the_same_bytes(pipeline: Pipeline, tmp_path: Path) -> None:
-    inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+    moments = (pipeline.proxy_moments, pipeline.task_moments)
+    inputs = (pipeline.params, "subtraction", "sampled", 0, pipeline.base, *moments)
     compute_spectrum(*inputs, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == pipeline.spectrum.read_bytes()
 
 
 def test_spectrum_of_another_task_is_refused(pipeline: Pipeline) -> None:
     task = pipeline.params.tasks["subtraction"].model_copy(update={"max_length": 31})
-    with pytest.raises(FoLoRAError, match=r"subtraction/sampled\.safetensors: made with task "):
+    with pytest.raises(FoLoRAError, match=r"sampled/0\.safetensors: made with task "):
         read_spectrum(pipeline.spectrum, task=task.model_dump())
 
 
@@ -112,6 +116,7 @@ def test_bad_shard_is_one_line(
         "spectrum",
         "subtraction",
         "sampled",
+        0,
         "--foundation",
         copy.foundation,
         *arguments,
@@ -128,7 +133,7 @@ def test_moments_of_another_parameter_set_are_refused(
     values = pipeline.values()
     values["proxy"]["sequences"] = 97
     arguments = ("--proxy-moments", pipeline.proxy_moments, "--task-moments", pipeline.task_moments, "--threads", 1)
-    arguments = ("spectrum", "subtraction", "sampled", "--foundation", pipeline.foundation, *arguments)
+    arguments = ("spectrum", "subtraction", "sampled", 0, "--foundation", pipeline.foundation, *arguments)
     line = refused(*arguments, "--params", save_params(values))
     assert line.startswith(f"{pipeline.proxy_moments / '0.safetensors'}: made with proxy ")
     values = pipeline.values()
@@ -148,7 +153,7 @@ def test_shrinkage_is_used(pipeline: Pipeline, tmp_path: Path) -> None:
     def largest(shrinkage: float) -> float:
         section = pipeline.params.spectrum.model_copy(update={"shrinkage": shrinkage})
         params: Params = pipeline.params.model_copy(update={"spectrum": section})
-        inputs = (params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+        inputs = (params, "subtraction", "sampled", 0, pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
         compute_spectrum(*inputs, tmp_path / str(shrinkage))
         return max(float(one.eigenvalues[-1]) for one in read_spectrum(tmp_path / str(shrinkage)).inputs.values())
 
@@ -197,7 +202,8 @@ def test_a_pencil_that_is_not_solved_well_is_not_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where solved inputs stay, for a stage that goes on
     monkeypatch.setattr("folora.health.SOLVE_TOLERANCE", 1e-17)
-    inputs = (pipeline.params, "subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+    moments = (pipeline.proxy_moments, pipeline.task_moments)
+    inputs = (pipeline.params, "subtraction", "sampled", 0, pipeline.base, *moments)
     with pytest.raises(FoLoRAError, match=r"^model\.layers.*more than 1e-17: raise spectrum\.shrinkage"):
         compute_spectrum(*inputs, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == [".folora"]
@@ -215,7 +221,7 @@ def test_halves_of_the_proxy_text_are_compared(
         assert record["gate_difference"] == pytest.approx(difference, rel=1e-6)
         assert record["tokens_needed"] == tokens_needed(manifest["proxy_tokens"], record["gate_difference"])
         assert record["tokens_per_width"] == pytest.approx(manifest["proxy_tokens"] / one.health.width)
-    inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
+    inputs = ("subtraction", "sampled", 0, pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
     monkeypatch.setattr("folora.stability.GATE_DIFFERENCE", 1e-6)
     monkeypatch.setattr("folora.health.TOP_SHARE", 1.0)
     compute_spectrum(pipeline.params, *inputs)
@@ -235,7 +241,7 @@ def test_a_direction_that_holds_most_of_a_moment_is_told(
     shares = {name: record["top_share"] for name, record in manifest["health"].items()}
     worst = max(shares, key=lambda name: shares[name])
     monkeypatch.setattr("folora.health.TOP_SHARE", 0.99 * shares[worst])
-    inputs = ("subtraction", "sampled", pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
+    inputs = ("subtraction", "sampled", 0, pipeline.base, pipeline.proxy_moments, pipeline.task_moments, tmp_path / "x")
     compute_spectrum(pipeline.params, *inputs)
     (warning,) = caplog.messages
     assert re.match(rf"subtraction, sampled: \d of 8 layer inputs have more .* most of all {worst} \(\d\d%\)", warning)
@@ -250,3 +256,30 @@ def test_eigenvalues_of_another_shape_are_refused(
     write_tensors(tmp_path / "s.safetensors", tensors | {f"{name}.eigenvalues": eigenvalues.double()}, manifest)
     with pytest.raises(FoLoRAError, match=f"{name}: its tensors are not of width"):
         read_spectrum(tmp_path / "s.safetensors")
+
+
+def test_parts_solve_what_one_solves(pipeline: Pipeline, tmp_path: Path) -> None:
+    section = pipeline.params.spectrum.model_copy(update={"parts": [3, 0, 1]})
+    params: Params = pipeline.params.model_copy(update={"spectrum": section})
+    files = section.files(tmp_path)
+    for part, file in zip(section.parts, files, strict=True):
+        moments = (pipeline.proxy_moments, pipeline.task_moments)
+        compute_spectrum(params, "subtraction", "sampled", part, pipeline.base, *moments, file)
+    found, expected = read_spectrum(*files), read_spectrum(pipeline.spectrum)
+    assert list(found.groups.items()) == list(expected.groups.items())
+    assert [len(read_tensors(file)[1]["groups"]) for file in files] == [2, 3, 3]
+    for name, one in expected.inputs.items():
+        assert torch.equal(found.inputs[name].basis, one.basis)
+        assert torch.equal(found.inputs[name].eigenvalues, one.eigenvalues)
+    with pytest.raises(FoLoRAError, match="part 1 is missing: run the stage that makes it"):
+        read_spectrum(*files[:2])
+    with pytest.raises(FoLoRAError, match=r"0\.safetensors: made with parts \[0\], but \[3, 0, 1\] is expected"):
+        read_spectrum(files[0], pipeline.spectrum)
+
+
+def test_more_parts_than_layer_inputs_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    section = pipeline.params.spectrum.model_copy(update={"parts": list(range(9))})
+    params: Params = pipeline.params.model_copy(update={"spectrum": section})
+    inputs = (params, "subtraction", "sampled", 8, pipeline.base, pipeline.proxy_moments, pipeline.task_moments)
+    with pytest.raises(FoLoRAError, match=r"spectrum\.parts: 9 of them share 8 layer inputs: name fewer"):
+        compute_spectrum(*inputs, tmp_path / "x")

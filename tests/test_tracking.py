@@ -76,7 +76,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def inputs_of(pipeline: Pipeline) -> TrainInputs:
-    return TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    return TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
 
 
 def logging_to(params: Params, settings: Tracking) -> Params:

@@ -28,7 +28,7 @@ LORA, REPLAY = "lora-3e-3-s0", "folora-replay-1e-2-s0"
 
 
 def inputs_of(pipeline: Pipeline) -> TrainInputs:
-    return TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectrum)
+    return TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
 
 
 def train(pipeline: Pipeline, name: str, output: Path, **values: Any) -> Path:
@@ -81,7 +81,7 @@ def test_another_learning_rate_differs(pipeline: Pipeline, runs: Path, tmp_path:
 def test_bytes_do_not_depend_on_the_hash_seed(
     pipeline: Pipeline, runs: Path, save_params: SaveParams, tmp_path: Path
 ) -> None:
-    files = {"task-rows": pipeline.task, "heldout": pipeline.heldout, "spectrum": pipeline.spectrum}
+    files = {"task-rows": pipeline.task, "heldout": pipeline.heldout, "spectrum": pipeline.spectra}
     options = files | {"proxy": pipeline.proxy, "foundation": pipeline.foundation, "threads": 1}
     options |= {"params": save_params(pipeline.values())}
     arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
@@ -245,7 +245,7 @@ def test_manifest_names_what_the_run_is_made_of(pipeline: Pipeline, runs: Path, 
 @pytest.mark.parametrize(
     "damaged",
     [
-        "spectrum/subtraction/sampled.safetensors",
+        "spectrum/subtraction/sampled/0.safetensors",
         "task/subtraction.parquet",
         "proxy/sampled/1.parquet",
         "heldout.parquet",
@@ -257,7 +257,7 @@ def test_truncated_input_is_one_line(
     copy = pipeline.copy(tmp_path / "copy")
     path = copy.folder / damaged
     path.write_bytes(path.read_bytes()[:-40])
-    files = ("--task-rows", copy.task, "--heldout", copy.heldout, "--spectrum", copy.spectrum, "--proxy", copy.proxy)
+    files = ("--task-rows", copy.task, "--heldout", copy.heldout, "--spectrum", copy.spectra, "--proxy", copy.proxy)
     options = (*files, "--threads", 1, "--params", save_params(copy.values()))
     line = refused("train", LORA, "--foundation", copy.foundation, *options)
     assert line.startswith(f"{path}: damaged or truncated")

@@ -209,6 +209,7 @@ def covariance(
 def spectrum(
     task: Annotated[str, typer.Argument(help="Entry of tasks in params.yaml.")],
     source: Annotated[str, typer.Argument(help="Entry of proxy.sources in params.yaml.")],
+    part: Annotated[int, typer.Argument(help="Entry of spectrum.parts in params.yaml.")],
     foundation: Foundation,
     proxy_moments: Annotated[Path, typer.Option(help="Folder with the covariance of every shard of the source.")],
     task_moments: Annotated[Path, typer.Option(help="Covariance of the task.")],
@@ -222,8 +223,11 @@ def spectrum(
 
     _entry(params.tasks, task, "tasks")
     _entry(params.proxy.sources, source, "proxy.sources")
+    if part not in params.spectrum.parts:
+        known = ", ".join(map(str, params.spectrum.parts))
+        raise FoLoRAError(f"spectrum.parts: {part} is not in params.yaml; there are {known}")
     base = _base(foundation, params, "spectrum")
-    compute_spectrum(params, task, source, base, proxy_moments, task_moments, output)
+    compute_spectrum(params, task, source, part, base, proxy_moments, task_moments, output)
 
 
 @stage
@@ -233,7 +237,7 @@ def train(
     task_rows: Annotated[Path, typer.Option(help="Parquet of the task stage.")],
     proxy: Annotated[Path, typer.Option(help="Folder with the shards of the run's proxy source.")],
     heldout: Heldout,
-    spectrum: Annotated[Path, typer.Option(help="Output of the spectrum stage.")],
+    spectrum: Annotated[Path, typer.Option(help="Folder with the parts of the spectrum.")],
     output: Output,
     threads: Threads,
     shard_base: Annotated[
@@ -293,7 +297,7 @@ def report(
     evaluations: Annotated[Path, typer.Option(help="Folder with the results of every evaluation.")],
     output: Output,
     runs: Annotated[Path | None, typer.Option(help="Folder with every run: for training curves.")] = None,
-    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectra, TASK/SOURCE.safetensors.")] = None,
+    spectra: Annotated[Path | None, typer.Option(help="Folder with the spectra, TASK/SOURCE/PART.safetensors.")] = None,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Draw the comparison and print its summary."""
@@ -338,6 +342,7 @@ def main() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that is handed to it
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # and this of weights that lie where they were asked to
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large tensors in huge pages, which are quicker to get
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on CUDA differ from run to run
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in log files

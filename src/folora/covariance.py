@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from folora.counted_text import SUMS, Sums, proxy_text, task_text
 from folora.errors import FoLoRAError
@@ -23,6 +24,7 @@ from folora.storage import (
     with_columns,
     write_tensors,
 )
+from folora.triangle import blocks_of, half_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +64,8 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
     model = base.load_for_inference()
     layers = adapted_layers(model, params.adapter.target_modules)
     groups = input_groups(model, layers, torch.tensor([text.token_ids[0]], device=model.device))
-    passes = split_passes({leader: layers[leader].in_features for leader in groups}, settings.memory_budget)
+    widths = {leader: layers[leader].in_features for leader in groups}
+    passes = split_passes(widths, settings.memory_budget)
     about: dict[str, Any] = {
         "artefact": "covariance",
         **base.identity,
@@ -71,6 +74,7 @@ def compute_covariance(params: Params, base: Base, rows: Path, output: Path) -> 
         **({"task_rows": settings.task_rows} if "task" in manifest else {}),
         "positions": text.positions,
         "groups": groups,
+        "widths": widths,
         "tokens": tokens,
     }
     with scratch(**about, batch_size=settings.batch_size, passes=passes) as unfinished:
@@ -96,8 +100,15 @@ class CovarianceManifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1)]
+    widths: dict[str, Annotated[int, Field(ge=1)]]
     tokens: TokenCount
     positions: str
+
+    @model_validator(mode="after")
+    def _every_input_has_a_width(self) -> CovarianceManifest:
+        if self.groups.keys() != self.widths.keys():
+            raise ValueError("widths and groups name other layer inputs")
+        return self
 
 
 class StoredMoments:
@@ -127,47 +138,51 @@ class StoredMoments:
             absent = [key for name in about.groups for key in (name, f"{FOURTH}{name}") if key not in files]
             if absent:
                 raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
-            for name in about.groups:
+            for name, width in about.widths.items():
                 total, fourth = files[name], files[f"{FOURTH}{name}"]
                 check_finite(path, name, total)
                 check_finite(path, f"{FOURTH}{name}", fourth)
-                if found := defect(total, fourth, about.tokens):
+                if found := defect(total, width, fourth, about.tokens):
                     raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
-            expected |= {"positions": about.positions, "groups": about.groups}
+            expected |= {"positions": about.positions, "groups": about.groups, "widths": about.widths}
             self._shards.append((files, about.tokens))
         assert self._shards, "params.py asks for at least one shard"
         self.groups: Groups = expected["groups"]
+        self._widths: dict[str, int] = expected["widths"]
         self.tokens = sum(tokens for _, tokens in self._shards)
         self.manifests = [files.manifests[0] for files, _ in self._shards]
 
     def read(self, name: str, shards: int | None = None) -> Moments:
         """Moments of one layer input, added up over the shards in their order, or over the first so many of them."""
-        (first, tokens), *others = self._shards[:shards]
-        total = Moments({name: first[name]}, {name: first[f"{FOURTH}{name}"]}, tokens)
-        for files, tokens in others:
-            total.add(Moments({name: files[name]}, {name: files[f"{FOURTH}{name}"]}, tokens))
-        return total
+        name_of_fourth = f"{FOURTH}{name}"
+        each = (
+            Moments({name: self._widths[name]}, {name: files[name]}, {name: files[name_of_fourth]}, tokens)
+            for files, tokens in self._shards[:shards]
+        )
+        return reduce(Moments.plus, each)
 
 
-def defect(total: Tensor, fourth: Tensor, tokens: int) -> str | None:
-    """Why a matrix cannot be Σ x xᵀ over so many tokens with this Σ ‖x‖⁴, as far as a look at its entries shows.
+def defect(half: Tensor, width: int, fourth: Tensor, tokens: int) -> str | None:
+    """Why a half cannot be that of Σ x xᵀ over so many tokens with this Σ ‖x‖⁴, as far as a look at its entries shows.
 
     A smaller eigenvalue than zero that its entries hide is found by the pencil.
     """
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.numel() or fourth.ndim:
-        return "its sum is not a square matrix, or that of ‖x‖⁴ no number"
-    if {total.dtype, fourth.dtype} != {torch.float64}:
+    if half.shape != (half_size(width),) or fourth.ndim:
+        return f"its sum is not the half of a matrix of width {width}, or that of ‖x‖⁴ no number"
+    if {half.dtype, fourth.dtype} != {torch.float64}:
         return "its sums are not float64"
-    energies = total.diagonal()
+    energies = torch.cat([block.diagonal(rows.start) for rows, block in blocks_of(half, width)])
     if energies.min() < 0 or fourth < 0:
         return "a sum of squares is negative"
     scale = energies.sqrt()
-    # what underflows in a square may still be seen in a product with a greater number
-    bound = scale[:, None] * scale + PRODUCT_TOLERANCE**3 * energies.max()
-    if ((total - total.mT).abs() > PRODUCT_TOLERANCE * bound).any():
-        return "its sum is not symmetric"
-    if (total.abs() > (1 + PRODUCT_TOLERANCE) * bound).any():
-        return "its sum is not positive semi-definite"
+    for rows, block in blocks_of(half, width):
+        # what underflows in a square may still be seen in a product with a greater number
+        bound = scale[rows, None] * scale[: rows.stop] + PRODUCT_TOLERANCE**3 * energies.max()
+        diagonal = block[:, rows.start :]
+        if ((diagonal - diagonal.mT).abs() > PRODUCT_TOLERANCE * bound[:, rows.start :]).any():
+            return "its sum is not symmetric"
+        if (block.abs() > (1 + PRODUCT_TOLERANCE) * bound).any():
+            return "its sum is not positive semi-definite"
     square = energies.sum().square()  # (Σ ‖x‖²)², between Σ ‖x‖⁴ and as many times that as there are tokens
     if fourth > (1 + PRODUCT_TOLERANCE) * square or square > (1 + PRODUCT_TOLERANCE) * tokens * fourth:
         return f"its sums are not those of {tokens} tokens"

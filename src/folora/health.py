@@ -61,6 +61,8 @@ class SpectrumManifest(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     groups: Annotated[dict[str, list[str]], Field(min_length=1)]
+    parts: Annotated[list[int], Field(min_length=1)]
+    part: int
     proxy_tokens: TokenCount
     task_tokens: TokenCount
     health: dict[str, HealthRecord]

@@ -1,7 +1,8 @@
 """Second moments of layer inputs, Σ x xᵀ over the tokens that count, and Σ ‖x‖⁴, the spread of x xᵀ around its mean.
 
-Products are float32, sums float64. Sums and token counts of shards add exactly to those of the whole; the mean is
-taken over tokens, never over calls, so any batch size and any padding give the same result.
+Products are float32, sums float64, and of each sum only the half is held, as ``triangle`` lays it out. Sums and token
+counts of shards add exactly to those of the whole; the mean is taken over tokens, never over calls, so any batch size
+and any padding give the same result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from folora.errors import FoLoRAError
 from folora.layers import Hook, hooked
+from folora.triangle import blocks_of, half_size, row_blocks, whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,11 +30,13 @@ class Moments:
     """Sums over tokens.
 
     Attributes:
-        sums: name of a layer input to its (d, d) sum of x xᵀ, float64.
+        widths: name of a layer input to its width d.
+        sums: name of a layer input to the half of its (d, d) sum of x xᵀ, float64.
         fourths: name of a layer input to its sum of ‖x‖⁴, a float64 scalar.
         tokens: how many tokens were summed.
     """
 
+    widths: dict[str, int]
     sums: dict[str, Tensor]
     fourths: dict[str, Tensor]
     tokens: int = 0
@@ -42,32 +46,37 @@ class Moments:
         """All sums by the names that they are stored under."""
         return self.sums | {f"{FOURTH}{name}": value for name, value in self.fourths.items()}
 
-    def add(self, other: Moments) -> None:
-        """Add the sums of another shard, which must have the same layer inputs."""
-        for name in other.sums:
-            self.sums[name] = self.sums.get(name, 0) + other.sums[name]
-            self.fourths[name] = self.fourths.get(name, 0) + other.fourths[name]
-        self.tokens += other.tokens
+    def plus(self, other: Moments) -> Moments:
+        """With the sums of another shard, which must have the same layer inputs."""
+        return self._joined(other, 1)
+
+    def minus(self, other: Moments) -> Moments:
+        """Without the sums of a part of the text."""
+        return self._joined(other, -1)
+
+    def _joined(self, other: Moments, sign: int) -> Moments:
+        sums, fourths = (
+            {name: torch.add(own[name], theirs[name], alpha=sign) for name in own}
+            for own, theirs in ((self.sums, other.sums), (self.fourths, other.fourths))
+        )
+        return Moments(self.widths, sums, fourths, self.tokens + sign * other.tokens)
 
     def mean(self, name: str) -> Tensor:
-        """The second moment E[x xᵀ] of one layer input, (d, d).
-
-        Float32 products are not always symmetric to the last bit, and a Cholesky factor sees one triangle only.
-        """
-        mean = self.sums[name] / self.tokens
-        return (mean + mean.mT) / 2
+        """The second moment E[x xᵀ] of one layer input, (d, d)."""
+        return whole_of(self.sums[name], self.widths[name]).div_(self.tokens)
 
 
 class Collector:
-    """Accumulates moments while a model runs; see ``collect``. Until ``finish`` the sums lack their upper half."""
+    """Accumulates moments while a model runs; see ``collect``."""
 
     def __init__(self, layers: dict[str, nn.Linear], device: torch.device) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        widths = [layer.in_features for layer in layers.values()]
+        widths = {name: layer.in_features for name, layer in layers.items()}
         # one block of memory, which the allocator gives back whole; of many it would keep some for the next pass
-        blocks = zero.new_zeros(sum(d * d for d in widths)).split([d * d for d in widths])
+        sizes = [half_size(d) for d in widths.values()]
         self.moments = Moments(
-            sums={name: block.view(d, d) for name, block, d in zip(layers, blocks, widths, strict=True)},
+            widths=widths,
+            sums=dict(zip(layers, zero.new_zeros(sum(sizes)).split(sizes), strict=True)),
             fourths={name: zero.clone() for name in layers},
         )
         self._device = device
@@ -89,30 +98,17 @@ class Collector:
             if not self._all_selected:
                 x = x[self._selected.reshape(-1)]
             x = x.float()
-            total = self.moments.sums[name]
-            for rows in _row_blocks(len(total)):  # what lies right of the diagonal blocks is mirrored by `finish`
-                total[rows, : rows.stop] += x[:, rows].mT @ x[:, : rows.stop]
+            for rows, block in blocks_of(self.moments.sums[name], x.shape[-1]):
+                block += x[:, rows].mT @ x[:, : rows.stop]
             self.moments.fourths[name] += x.square().sum(1).double().square().sum()
 
         return add
 
-    def finish(self) -> None:
-        """Make the sums whole, once every batch has been read."""
-        for total in self.moments.sums.values():
-            for rows in _row_blocks(len(total)):
-                total[: rows.start, rows] = total[rows, : rows.start].mT
-
-
-def _row_blocks(d: int) -> list[slice]:
-    """Rows of a (d, d) matrix in some eight blocks, none so small that a product would not pay."""
-    size = max(192, -(-d // 8))
-    return [slice(start, min(start + size, d)) for start in range(0, d, size)]
-
 
 def memory_of(widths: list[int]) -> int:
     """Bytes that the sums of layer inputs of these widths take, and on top the products of a block of rows."""
-    sums = sum(DOUBLE * d * d for d in widths)
-    block = _row_blocks(max(widths))[0].stop
+    sums = sum(DOUBLE * half_size(d) for d in widths)
+    block = row_blocks(max(widths))[0].stop
     return sums + (SINGLE + DOUBLE) * block * max(widths)  # float32, and made float64 to be added
 
 
@@ -160,4 +156,3 @@ def collect(layers: dict[str, nn.Linear], device: torch.device | None = None) ->
     collector = Collector(layers, device or next(iter(layers.values())).weight.device)
     with hooked(layers, collector.hook):
         yield collector
-    collector.finish()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from folora.errors import FoLoRAError
 
@@ -29,21 +30,29 @@ def adam_directions(
     gradients: list[Tensor],
     means: list[Tensor],
     squares: list[Tensor],
-    steps: list[int],
+    steps: list[Tensor],
     betas: tuple[float, float],
     eps: float,
 ) -> list[Tensor]:
-    """Advance Adam's moments in place and return the updates m̂ / (√v̂ + ε), of the gradients' shapes."""
-    beta1, beta2 = betas
-    torch._foreach_lerp_(means, gradients, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
-    denominators = torch._foreach_sqrt(squares)
-    torch._foreach_div_(denominators, [(1 - beta2**step) ** 0.5 for step in steps])
-    torch._foreach_add_(denominators, eps)
-    updates = torch._foreach_div(means, denominators)
-    torch._foreach_div_(updates, [1 - beta1**step for step in steps])
-    return list(updates)
+    """Advance Adam's moments and steps in place and return the updates m̂ / (√v̂ + ε), of the gradients' shapes."""
+    updates = [torch.zeros_like(gradient) for gradient in gradients]
+    adam(
+        updates,
+        gradients,
+        means,
+        squares,
+        max_exp_avg_sqs=[],
+        state_steps=steps,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        lr=-1.0,  # so that what is added to zero is the update
+        weight_decay=0.0,
+        amsgrad=False,
+        maximize=False,
+        fused=True,
+    )
+    return updates
 
 
 @dataclass
@@ -129,7 +138,7 @@ class GatedAdam(torch.optim.Optimizer):
     @property
     def steps(self) -> int:
         """Steps taken so far."""
-        return max((state["step"] for state in self.state.values()), default=0)
+        return max((int(state["step"]) for state in self.state.values()), default=0)
 
     def turn(self, position: int, coordinates: Coordinates) -> None:
         """Give the parameter group at ``position`` other coordinates from the next step on."""
@@ -180,7 +189,8 @@ class GatedAdam(torch.optim.Optimizer):
         parameters = [parameter for members, _ in groups for parameter in members]
         gradients: list[Tensor] = []
         for members, coordinates in groups:
-            gradients += coordinates.enter([member.grad.float() for member in members if member.grad is not None])
+            own = [member.grad for member in members if member.grad is not None]
+            gradients += coordinates.enter([gradient.float().contiguous() for gradient in own])
         directions = self._advance(parameters, gradients, betas, eps)
         updates: list[Tensor] = []
         for members, coordinates in groups:
@@ -196,10 +206,9 @@ class GatedAdam(torch.optim.Optimizer):
         states = [self.state[parameter] for parameter in parameters]
         for state, gradient in zip(states, gradients, strict=True):
             if not state:
-                state["step"] = 0
+                state["step"] = torch.zeros((), device=gradient.device)
                 state["exp_avg"] = torch.zeros_like(gradient)
                 state["exp_avg_sq"] = torch.zeros_like(gradient)
-            state["step"] += 1
         means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         return adam_directions(gradients, means, squares, steps, betas, eps)
 

@@ -27,10 +27,18 @@ Shrinkage = Annotated[
     Field(description="share a of the identity in the penalty's moment, (1 - a) C + a I, or how it is estimated"),
 ]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Numbers = Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
 ThreadCount = Annotated[int, Field(ge=1, le=256, description="torch threads; another count changes the last bits")]
 
 
 DEEPEST = 50  # brackets within brackets; the time that the YAML library takes grows with the cube of it
+
+
+def distinct(numbers: list[int], what: str) -> list[int]:
+    """Refuse a list that names a number twice."""
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"a {what} is listed twice")
+    return numbers
 
 
 class Section(BaseModel):
@@ -168,9 +176,7 @@ class Proxy(Section):
     seed: Annotated[Seed, Field(description="of the sampling")]
     sources: Annotated[dict[Name, Source], Field(min_length=1, description="a run names its own")]
     corpora: Annotated[str, Field(description="folder with the data sets of corpus sources")]
-    shards: Annotated[
-        list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1, description="made apart, each its own stage")
-    ]
+    shards: Annotated[Numbers, Field(description="made apart, each its own stage")]
     sequences: Annotated[int, Field(ge=1, description="per shard")]
     heldout_sequences: Annotated[int, Field(ge=1, description="sampled at temperature 1, to measure KL and perplexity")]
     max_length: Annotated[int, Field(ge=2, le=131072, description="tokens per sequence, BOS included")]
@@ -179,9 +185,7 @@ class Proxy(Section):
     @field_validator("shards")
     @classmethod
     def _distinct(cls, shards: list[int]) -> list[int]:
-        if len(set(shards)) != len(shards):
-            raise ValueError("a shard is listed twice")
-        return shards
+        return distinct(shards, "shard")
 
     def sampling(self, source: str) -> dict[str, Any]:
         """What the text of a source depends on, beside the base model and the shard's number."""
@@ -227,6 +231,20 @@ class SpectrumSection(Section):
         int | None,
         Field(ge=1, description="of an input, those with the greatest λ, the others are shut; null: all"),
     ] = None
+    parts: Annotated[Numbers, Field(description="the layer inputs are shared out among these, each its own stage")]
+
+    @field_validator("parts")
+    @classmethod
+    def _distinct(cls, parts: list[int]) -> list[int]:
+        return distinct(parts, "part")
+
+    def solving(self) -> dict[str, Any]:
+        """How a pencil is solved, whichever part it is in."""
+        return self.model_dump(exclude={"parts"})
+
+    def files(self, folder: Path) -> list[Path]:
+        """The artefacts of the parts in the folder of a task and a source."""
+        return [folder / f"{part}.safetensors" for part in self.parts]
 
 
 class Adapter(Section):
@@ -383,7 +401,7 @@ class Params(Section):
             "proxy.sources": self.proxy.sources,
             "methods": self.methods,
             "runs": self.runs,
-            # how DVC names a spectrum
+            # how DVC names a spectrum, but for its part
             "tasks, proxy.sources": [f"{task}-{source}" for task in self.tasks for source in self.proxy.sources],
         }
         for table, names in tables.items():

@@ -13,7 +13,6 @@ Of a wide input the directions with the greatest λ may be enough: those left ou
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -239,13 +238,14 @@ def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int
     eigenvalues, V, left_out = greatest(C_p, L, C_t, directions)
     inverse_trace = V.square().sum() if V.shape[1] == d else estimated_inverse_trace(L)
     checked = checked_of(V)
-    overlap = V.mT @ (C_p @ V[:, checked])
+    penalised, used = C_p @ V[:, checked], C_t @ V[:, checked]
+    overlap = V.mT @ penalised
     overlap[checked, torch.arange(len(checked), device=V.device)] -= 1
     largest, smallest = extreme_eigenvalues(C_p, L)
     health = PencilHealth.model_construct(  # unchecked: a figure that is not finite is a breach, with its layer's name
         width=d,
         shrinkage=ridge,
-        residual=relative_residual(C_p, C_t, eigenvalues, V),
+        residual=relative_residual(penalised, used, eigenvalues[checked]),
         orthonormality=float(overlap.abs().max()),
         condition=largest / smallest,
         top_share=max(0.0, (largest - ridge) / (1 - ridge) / d),
@@ -262,11 +262,9 @@ def checked_of(V: Tensor) -> Tensor:
     return torch.linspace(0, V.shape[1] - 1, min(V.shape[1], CHECKED), device=V.device).long()
 
 
-def relative_residual(C_p: Tensor, C_t: Tensor, eigenvalues: Tensor, V: Tensor) -> float:
-    """‖C_t V - C_p V Λ‖ / ‖C_t V‖ over the directions that are checked."""
-    checked = checked_of(V)
-    found = C_t @ V[:, checked]
-    return float((found - C_p @ V[:, checked] * eigenvalues[checked]).norm() / found.norm())
+def relative_residual(penalised: Tensor, used: Tensor, eigenvalues: Tensor) -> float:
+    """‖C_t V - C_p V Λ‖ / ‖C_t V‖ of some directions, given C_p V and C_t V, (d, n) each."""
+    return float((used - penalised * eigenvalues).norm() / used.norm())
 
 
 def directions_of(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> tuple[Tensor, Tensor]:
@@ -306,21 +304,24 @@ def greatest(C_p: Tensor, L: Tensor, C_t: Tensor, directions: int | None) -> tup
     """So many directions with the greatest λ, or all: as ``leading`` returns them, by whichever way is shorter."""
     if directions is not None and (found := leading(C_p, L, C_t, directions)):
         return found
-    eigenvalues, V = whole(C_p, L, C_t)
+    eigenvalues, V = whole(L, C_t)
     if directions is None or directions >= len(L):
         return eigenvalues, V, V.new_zeros(())
     return eigenvalues[-directions:], V[:, -directions:].contiguous(), eigenvalues[-directions - 1]
 
 
-def whole(C_p: Tensor, L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``reduced``; on a CPU by LAPACK's driver for the generalised problem, which is the faster in SciPy's build."""
+def whole(L: Tensor, C_t: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``reduced``; on a CPU by the LAPACK of SciPy's build, which is faster than that of torch's."""
     if C_t.device.type == "cpu":
-        import scipy.linalg
+        from scipy.linalg import lapack
 
-        with suppress(scipy.linalg.LinAlgError), _blas().limit(limits=torch.get_num_threads()):
-            # symmetric, so their transposes are the same in the order that LAPACK reads
-            eigenvalues, V = scipy.linalg.eigh(C_t.numpy().T, C_p.numpy().T, driver="gvd", check_finite=False)
-            return torch.from_numpy(eigenvalues), torch.from_numpy(V)
+        with _blas().limit(limits=torch.get_num_threads()):
+            factor = L.numpy()
+            M, _ = lapack.dsygst(C_t.numpy().T, factor, lower=1)  # transposed, it lies in the order that LAPACK reads
+            eigenvalues, U, failed = lapack.dsyevd(M, lower=1, overwrite_a=1)
+            if not failed:
+                V, _ = lapack.dtrtrs(factor, U, lower=1, trans=1, overwrite_b=1)
+                return torch.from_numpy(eigenvalues), torch.from_numpy(V)
     return reduced(L, C_t)
 
 
@@ -374,7 +375,8 @@ def leading(C_p: Tensor, L: Tensor, C_t: Tensor, count: int) -> tuple[Tensor, Te
         left_out = ritz[-count - 1] + (images @ beyond - ritz[-count - 1] * (basis @ beyond)).norm()
         V = torch.linalg.solve_triangular(L.mT, basis @ coefficients[:, -count:], upper=True)
         found = ritz[-count:], V, left_out
-        if relative_residual(C_p, C_t, *found[:2]) <= LEADING_TOLERANCE:
+        checked = checked_of(V)
+        if relative_residual(C_p @ V[:, checked], C_t @ V[:, checked], found[0][checked]) <= LEADING_TOLERANCE:
             break
     return found
 
@@ -387,13 +389,13 @@ def estimated_inverse_trace(L: Tensor) -> Tensor:
 
 def extreme_eigenvalues(C: Tensor, L: Tensor) -> tuple[float, float]:
     """The greatest and the smallest eigenvalue of C = L Lᵀ, by power iteration with C and with its inverse."""
-    start = torch.randn(len(C), 1, dtype=C.dtype, generator=torch.Generator().manual_seed(0)).to(C.device)
-    largest = smallest = start
+    norm = torch.linalg.vector_norm  # a tensor's own takes three calls to get there
+    largest = smallest = torch.randn(len(C), 1, dtype=C.dtype, generator=torch.Generator().manual_seed(0)).to(C.device)
     for _ in range(POWER_STEPS):
-        largest = C @ (largest / largest.norm())
-        half = torch.linalg.solve_triangular(L, smallest / smallest.norm(), upper=False)
+        largest = C @ (largest / norm(largest))
+        half = torch.linalg.solve_triangular(L, smallest / norm(smallest), upper=False)
         smallest = torch.linalg.solve_triangular(L.mT, half, upper=True)
-    return float(largest.norm()), 1 / float(smallest.norm())
+    return float(norm(largest)), 1 / float(norm(smallest))
 
 
 def effective_rank(moment: Tensor) -> float:

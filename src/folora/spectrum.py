@@ -1,7 +1,8 @@
 """The spectrum stage: solve the pencil of every layer input, and read the result back for training.
 
-Artefact tensors, for each layer input named after its first layer: ``NAME.basis`` (d, q) float32, the columns of V̂;
-``NAME.eigenvalues`` (q,) float64; ``NAME.penalty`` and ``NAME.utility`` (d, d) float32, the raw second moments.
+The layer inputs are shared out among parts, so that several jobs can solve them. Tensors of an artefact, for each layer
+input named after its first layer: ``NAME.basis`` (d, q) float32, the columns of V̂; ``NAME.eigenvalues`` (q,) float64;
+``NAME.penalty`` and ``NAME.utility`` (d, d) float32, the raw second moments.
 """
 
 from __future__ import annotations
@@ -32,19 +33,21 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.base import Base
+    from folora.layers import Groups
     from folora.params import Params, SpectrumSection
 
 logger = logging.getLogger(__name__)
 
+COMMON = ("task", "proxy", "spectrum", "parts", "proxy_tokens", "task_tokens")  # what the parts have alike
 FIELDS = ("basis", "eigenvalues", "penalty", "utility")  # the tensors of each layer input
 SOLVED = "solved"  # the artefact of one layer input
 SAMPLED = 8  # directions of a layer input that are checked when it is read
 
 
 def compute_spectrum(
-    params: Params, task: str, source: str, base: Base, proxy_folder: Path, task_path: Path, output: Path
+    params: Params, task: str, source: str, part: int, base: Base, proxy_folder: Path, task_path: Path, output: Path
 ) -> None:
-    """Reduce a source's shards, solve the pencil of every layer input against the task and write the spectrum.
+    """Reduce a source's shards, solve the pencils of a part's layer inputs against the task and write their spectra.
 
     Moments and solutions of one layer input at a time are in memory.
 
@@ -68,23 +71,26 @@ def compute_spectrum(
         task_rows=params.covariance.task_rows,
         groups=proxy.groups,
     )
+    groups = part_of(proxy.groups, params.spectrum.parts, part)
     about: dict[str, Any] = {
         "artefact": "spectrum",
         **base.identity,
         "task": params.tasks[task].model_dump(),
         "proxy": proxy_settings,
-        "spectrum": params.spectrum.model_dump(),
-        "groups": proxy.groups,
+        "spectrum": params.spectrum.solving(),
+        "parts": params.spectrum.parts,
+        "part": part,
+        "groups": groups,
     }
     with scratch(**about, moments=[digest_of_file(path) for path in (*paths, task_path)]) as unfinished:
-        solved = [unfinished / f"{number}.safetensors" for number in range(len(proxy.groups))]
-        for path, name in zip(solved, tqdm(proxy.groups, "spectrum", unit="input", disable=None), strict=True):
+        solved = [unfinished / f"{number}.safetensors" for number in range(len(groups))]
+        for path, name in zip(solved, tqdm(groups, "spectrum", unit="input", disable=None), strict=True):
             try:
                 TensorFiles(path, artefact=SOLVED)
             except FoLoRAError:  # not solved yet, or a power cut has damaged it
                 _solve_input(proxy, target, name, params.spectrum, path)
         files = TensorFiles(*solved, artefact=SOLVED)
-        records = {name: one["health"] for name, one in zip(proxy.groups, files.manifests, strict=True)}
+        records = {name: one["health"] for name, one in zip(groups, files.manifests, strict=True)}
         text = {field: sum(one[field] for one in proxy.manifests) for field in ("sequences", "loops")}
         manifest = about | {"proxy_tokens": proxy.tokens, "task_tokens": target.tokens, "health": records, **text}
         health = fields_of(output, SpectrumManifest, manifest).health
@@ -99,18 +105,45 @@ def _solve_input(proxy: StoredMoments, target: StoredMoments, name: str, setting
     half = len(proxy.manifests) // 2
     first = proxy.read(name, half) if half else None
     total = proxy.read(name)
-    one = input_spectrum(total, target.read(name), name, **settings.model_dump())
+    one = input_spectrum(total, target.read(name), name, **settings.solving())
     health = {**one.health.model_dump(), "proxy_fourth": one.proxy_fourth, **stability(total, first, name, one)}
     tensors = {f"{name}.{field}": getattr(one, field) for field in FIELDS}
     write_tensors(path, tensors, {"artefact": SOLVED, "health": health})
 
 
-def read_spectrum(path: Path, **expected: object) -> Spectrum:
-    """Read the artefact of the spectrum stage.
+def part_of(groups: Groups, parts: list[int], part: int) -> Groups:
+    """The layer inputs that one of the parts solves: neighbours, as many in each part as can be.
 
     Raises:
-        FoLoRAError: missing, damaged, beyond the limits of ``health``, or a manifest field differs from ``expected``.
+        FoLoRAError: there are more parts than layer inputs.
     """
+    names, number = list(groups), parts.index(part)
+    if len(parts) > len(names):
+        raise FoLoRAError(f"spectrum.parts: {len(parts)} of them share {len(names)} layer inputs: name fewer")
+    start, end = (len(names) * edge // len(parts) for edge in (number, number + 1))
+    return {name: groups[name] for name in names[start:end]}
+
+
+def read_spectrum(*paths: Path, **expected: object) -> Spectrum:
+    """Read the artefacts of the spectrum stage of one task and source, all of their parts.
+
+    Raises:
+        FoLoRAError: missing, damaged, beyond the limits of ``health``, a manifest field differs from ``expected`` or
+            between the parts, or a part is not there.
+    """
+    whole, missing = Spectrum({}, {}), None
+    for path in paths:
+        part, manifest = _read_part(path, **expected)
+        whole = Spectrum(whole.inputs | part.inputs, whole.groups | part.groups)
+        missing = set(manifest["parts"] if missing is None else missing) - {manifest["part"]}
+        expected |= {field: manifest[field] for field in COMMON}
+    if missing:
+        raise FoLoRAError(f"{paths[0].parent}: part {min(missing)} is missing: run the stage that makes it")
+    return whole
+
+
+def _read_part(path: Path, **expected: object) -> tuple[Spectrum, dict[str, Any]]:
+    """One artefact of the spectrum stage, and its manifest."""
     tensors, manifest = read_tensors(path, artefact="spectrum", **expected)
     about = fields_of(path, SpectrumManifest, manifest)
     if found := breaches(about.health):
@@ -131,7 +164,7 @@ def read_spectrum(path: Path, **expected: object) -> Spectrum:
     for name, one in inputs.items():
         if wrong := defect(one):
             raise FoLoRAError(f"{path}: {name}: {wrong}: delete it and run its stage again")
-    return Spectrum(inputs, about.groups)
+    return Spectrum(inputs, about.groups), manifest
 
 
 def defect(one: LayerSpectrum) -> str | None:

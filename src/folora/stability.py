@@ -39,9 +39,7 @@ def stability(proxy: Moments, first: Moments | None, name: str, spectrum: LayerS
     """
     difference = None
     if first is not None:
-        tokens = proxy.tokens - first.tokens
-        second = (proxy.sums[name] - first.sums[name]) / tokens
-        halves, utility = (first.mean(name), second), spectrum.utility.double()
+        halves, utility = (first.mean(name), proxy.minus(first).mean(name)), spectrum.utility.double()
         difference = gate_difference(*halves, utility, spectrum.shrinkage, len(spectrum.eigenvalues))
     return {
         "tokens_per_width": proxy.tokens / len(spectrum.basis),

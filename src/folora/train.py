@@ -223,7 +223,8 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs, *, shard
     sampling = params.proxy.sampling(run.proxy)
     shards = _proxy_shards(params, inputs).items()
     proxy = [ids for shard, path in shards for ids in _proxy_ids(base, path, shard=shard, proxy=sampling)]
-    spectrum = read_spectrum(inputs.spectrum, **base.identity, task=params.tasks[run.task].model_dump(), proxy=sampling)
+    made_for = {"task": params.tasks[run.task].model_dump(), "proxy": sampling}
+    spectrum = read_spectrum(*params.spectrum.files(inputs.spectrum), **base.identity, **made_for)
     heldout = _proxy_ids(base, inputs.heldout, shard=HELDOUT, proxy=params.proxy.heldout_sampling())
 
     torch.manual_seed(run.seed)
@@ -257,7 +258,7 @@ def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> 
         "inputs": {
             "task": digest_of_file(inputs.task),
             "heldout": digest_of_file(inputs.heldout),
-            "spectrum": digest_of_file(inputs.spectrum),
+            "spectrum": [digest_of_file(path) for path in params.spectrum.files(inputs.spectrum)],
             "proxy": [digest_of_file(path) for path in _proxy_shards(params, inputs).values()],
         },
         "params": run_params(params, name),

@@ -260,14 +260,14 @@ def push(
 
 @app.command(
     rich_help_panel=PANEL,
-    epilog="Example: folora forget ~/adapters/mine --spectrum artifacts/spectrum/spelled/sampled.safetensors",
+    epilog="Example: folora forget ~/adapters/mine --spectrum artifacts/spectrum/spelled/sampled",
 )
 def forget(
     adapter: Annotated[Path, typer.Argument(help="Folder of any PEFT adapter for the base model.")],
     foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = FOUNDATION,
     heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
     spectrum: Annotated[
-        Path | None, typer.Option(help="Moments; left out: those of the first task and source.")
+        Path | None, typer.Option(help="Folder with moments; left out: those of the first task and source.")
     ] = None,
     tasks: Annotated[Path, typer.Option(help="Folder with evaluation tasks.")] = Path("artifacts/world"),
     as_json: AsJson = False,
@@ -283,7 +283,7 @@ def forget(
     params = load_params(params_file)
     torch.set_num_threads(params.threads.evaluate)
     task, source = next(iter(params.tasks)), next(iter(params.proxy.sources))
-    moments = spectrum or Path(f"artifacts/spectrum/{task}/{source}.safetensors")
+    moments = spectrum or Path(f"artifacts/spectrum/{task}/{source}")
     found = measure_forgetting(params, adapter, open_base(foundation), Yardsticks(heldout, moments, tasks))
     if as_json:
         _print_json(found.as_json())

@@ -38,7 +38,7 @@ class Yardsticks:
 
     Attributes:
         heldout: proxy text for KL and perplexity.
-        spectrum: moments of every layer input.
+        spectrum: folder with the parts of a spectrum, which hold the moments of every layer input.
         tasks: folder with evaluation tasks.
     """
 
@@ -110,7 +110,7 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
         require_file(adapter / name)
     tasks = [name for name in params.evaluation.kept if (yardsticks.tasks / "evaluation" / f"{name}.yaml").exists()]
     evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout, tasks)
-    spectrum = read_spectrum(yardsticks.spectrum, **base.identity)
+    spectrum = read_spectrum(*params.spectrum.files(yardsticks.spectrum), **base.identity)
     base_perplexity = figures(evaluator.base_drift())["perplexity"]
     before = accuracies(evaluator.answers(tasks)) if tasks else {}
     evaluator.model = model = put_on(evaluator.model, adapter)

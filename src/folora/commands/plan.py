@@ -20,6 +20,7 @@ from folora.errors import FoLoRAError
 from folora.moments import memory_of, split_passes
 from folora.params import OfflineFoundation, PretrainedFoundation
 from folora.pencil import krylov_columns
+from folora.triangle import half_size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -62,6 +63,11 @@ class Shape:
     def squares(self) -> int:
         """Σ d² over the layer inputs."""
         return sum(d * d for d in self.inputs)
+
+    @property
+    def halves(self) -> int:
+        """Numbers in the moments of the layer inputs, which are symmetric."""
+        return sum(map(half_size, self.inputs))
 
     def passes(self, budget: int | None) -> list[list[int]]:
         """Widths of the layer inputs whose moments are summed in each pass over a text."""
@@ -237,7 +243,7 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     rows = {name: params.covariance.task_rows or settings.rows or 0 for name, settings in params.tasks.items()}
     counted = sampled + sum(rows[name] * length[name] for name in rows)  # of all rows only the data set knows
 
-    forward, moments = 2.0 * shape.parameters, DOUBLE * shape.squares
+    forward, moments = 2.0 * shape.parameters, DOUBLE * shape.halves
     spectrum, scores = SINGLE * shape.spectrum_size(params.spectrum.directions), SINGLE * shape.vocabulary
     hidden = SINGLE * (6 * shape.width + 3 * shape.intermediate)  # of a token within one block
     factors = SINGLE * params.adapter.rank * sum(m + d for m, d in shape.layers)
@@ -268,9 +274,16 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             counted,
             shape.size + max(map(memory_of, summed)) + reading,
             (shards + tasks) * moments,
-            (len(summed) * forward + 2 * shape.squares) * counted,
+            (len(summed) * forward + 2 * shape.halves) * counted,
         ),
-        stage("spectrum", solved, 0, solving, solved * spectrum, solved * sum(operations for operations, _ in pencils)),
+        stage(
+            "spectrum",
+            solved * len(params.spectrum.parts),
+            0,
+            solving,
+            solved * spectrum,
+            solved * sum(operations for operations, _ in pencils),
+        ),
         stage(
             "train",
             len(steps),
@@ -326,7 +339,7 @@ def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
     disk = sum(stage.disk for stage in stages)
     if disk > free:
         found.append(f"the results need {_bytes(disk)} of disk; {_bytes(free)} are free")
-    widest, moments = max(shape.inputs), DOUBLE * shape.squares
+    widest, moments = max(shape.inputs), DOUBLE * shape.halves
     share = sum(d * d for d in shape.inputs if d == widest) / shape.squares
     if moments > max(shape.size, LIBRARIES):
         wide = f"{share:.0%} of it for {shape.inputs.count(widest)} inputs of width {widest:,}"

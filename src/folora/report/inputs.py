@@ -47,7 +47,7 @@ TOKENS_COLUMNS = NAMES | {"text": "string", "kl": "[double]", "loss": "[double]"
 
 @dataclass(frozen=True)
 class Spectrum:
-    """One artefact of the spectrum stage: its manifest, and health and λ (d,) of every layer input, ascending."""
+    """A spectrum, or a part of one: its manifest, and health and λ (d,) of every layer input, ascending."""
 
     manifest: Record
     health: dict[str, HealthRecord]
@@ -105,7 +105,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         raise FoLoRAError(f"{evaluations}: no result of {min(missing)}: run `dvc repro` for what is missing")
     folders = {name: runs / run.method / name for name, run in params.runs.items()} if runs else {}
     source = next(iter(params.proxy.sources))  # the first is the one that is shown
-    files = {name: spectra / name / f"{source}.safetensors" for name in sorted(adaptations)} if spectra else {}
+    folders_of_spectra = {name: spectra / name / source for name in sorted(adaptations)} if spectra else {}
     return Inputs(
         evaluations=evaluations,
         runs=runs,
@@ -114,7 +114,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         answers=_all_scores(evaluations, [BASE, *params.methods], params.evaluation.at_best),
         manifests={name: read_manifest(folder, run=name) for name, folder in folders.items()},
         histories={name: _history(folder, name) for name, folder in folders.items()},
-        spectra={name: read_spectrum(file) for name, file in files.items()},
+        spectra={name: read_spectrum(*params.spectrum.files(folder)) for name, folder in folders_of_spectra.items()},
     )
 
 
@@ -141,14 +141,23 @@ def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
     return found
 
 
-def read_spectrum(path: Path) -> Spectrum:
-    """Read the eigenvalues and the manifest of a spectrum, and none of its matrices.
+def read_spectrum(*paths: Path) -> Spectrum:
+    """Read the eigenvalues and the manifest of a spectrum from all of its parts, and none of its matrices.
 
     Health beyond its limits is no error here: the page is to show it.
 
     Raises:
         FoLoRAError: missing, damaged, or another artefact.
     """
+    parts = [_read_part(path) for path in paths]
+    health, eigenvalues = (
+        {name: value for part in parts for name, value in getattr(part, field).items()}
+        for field in ("health", "eigenvalues")
+    )
+    return Spectrum(parts[0].manifest, health, eigenvalues)  # what is read of a manifest they have alike
+
+
+def _read_part(path: Path) -> Spectrum:
     from safetensors import SafetensorError, safe_open
 
     try:
