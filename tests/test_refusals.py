@@ -172,17 +172,17 @@ def test_the_same_shard_twice_is_refused(
     shutil.copy(copy.proxy_moments / "0.safetensors", copy.proxy_moments / "1.safetensors")
     moments = ("--proxy-moments", copy.proxy_moments, "--task-moments", copy.task_moments, "--threads", 1)
     options = ("--foundation", copy.foundation, *moments, "--params", save_params(copy.values()))
-    assert "made with shard 0" in refused("spectrum", "subtraction", "sampled", *options)
+    assert "made with shard 0" in refused("spectrum", "subtraction", "sampled", 0, *options)
 
 
 # train
-@pytest.mark.parametrize("missing", ["task", "heldout", "spectrum", "proxy"])
+@pytest.mark.parametrize("missing", ["task", "heldout", "spectra", "proxy"])
 def test_missing_input_is_one_line(
     missing: str, pipeline: Pipeline, save_params: SaveParams, tmp_path: Path, refused: Refused
 ) -> None:
-    paths = {name: getattr(pipeline, name) for name in ("task", "heldout", "spectrum", "proxy")}
+    paths = {name: getattr(pipeline, name) for name in ("task", "heldout", "spectra", "proxy")}
     paths[missing] = tmp_path / "nowhere"
-    files = ("--task-rows", paths["task"], "--heldout", paths["heldout"], "--spectrum", paths["spectrum"])
+    files = ("--task-rows", paths["task"], "--heldout", paths["heldout"], "--spectrum", paths["spectra"])
     options = (*files, "--proxy", paths["proxy"], "--threads", 1, "--params", save_params(pipeline.values()))
     line = refused("train", LORA, "--foundation", pipeline.foundation, *options)
     assert line.startswith(f"{tmp_path / 'nowhere'}")
