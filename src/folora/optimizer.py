@@ -23,7 +23,9 @@ from torch.optim.adam import adam
 from folora.errors import FoLoRAError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+CACHE = 2**21  # bytes of bases that stay in a processor's cache beside the rest
 
 
 def adam_directions(
@@ -167,7 +169,7 @@ class GatedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # parameters of all groups with the same options move together: a call a parameter would cost more than its sums
+        # groups with the same options move together: a call a group would cost more than its sums
         alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -175,7 +177,8 @@ class GatedAdam(torch.optim.Optimizer):
                 options = tuple(group[name] for name in ("lr", "betas", "eps", "weight_decay"))
                 alike.setdefault(options, []).append((parameters, coordinates))
         for options, groups in alike.items():
-            self._step_groups(groups, *options)
+            for some in _in_cache(groups):
+                self._step_groups(some, *options)
         return loss
 
     def _step_groups(
@@ -211,6 +214,21 @@ class GatedAdam(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(gradient)
         means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         return adam_directions(gradients, means, squares, steps, betas, eps)
+
+
+def _in_cache(groups: list[tuple[list[Tensor], Coordinates]]) -> Iterator[list[tuple[list[Tensor], Coordinates]]]:
+    """Groups a few at a time, so that a basis that the gradients were turned by is still there for their updates."""
+    some: list[tuple[list[Tensor], Coordinates]] = []
+    size = 0
+    for group in groups:
+        basis = group[1].basis
+        size += 0 if basis is None else basis.nbytes
+        if some and size > CACHE:
+            yield some
+            some, size = [], 0 if basis is None else basis.nbytes
+        some.append(group)
+    if some:
+        yield some
 
 
 def check_first_step(optimizer: torch.optim.Optimizer, moved: Callable[[], bool]) -> None:
