@@ -222,13 +222,13 @@ def _in_cache(groups: list[tuple[list[Tensor], Coordinates]]) -> Iterator[list[t
     size = 0
     for group in groups:
         basis = group[1].basis
-        size += 0 if basis is None else basis.nbytes
-        if some and size > CACHE:
+        needed = 0 if basis is None else basis.nbytes
+        if some and size + needed > CACHE:
             yield some
-            some, size = [], 0 if basis is None else basis.nbytes
+            some, size = [], 0
         some.append(group)
-    if some:
-        yield some
+        size += needed
+    yield some
 
 
 def check_first_step(optimizer: torch.optim.Optimizer, moved: Callable[[], bool]) -> None:
