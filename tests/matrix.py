@@ -39,6 +39,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+sleep "$PAUSE"
 echo "$command" >>"$MADE"
 """
 
@@ -68,15 +69,23 @@ class Outcome:
     nothing_to_do: float
 
 
-def measure(folder: Path, runs: int, cores: int, stop_after: int) -> Outcome:
-    """Run a matrix of so many runs, tell Snakemake to stop once so many stages are done, and run it to its end."""
+def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float = 0) -> Outcome:
+    """Run a matrix of so many runs, tell Snakemake to stop once so many stages are done, and run it to its end.
+
+    Args:
+        folder: to work in.
+        runs: in the matrix.
+        cores: for Snakemake.
+        stop_after: so many stages.
+        pause: seconds that each stage takes.
+    """
     workspace = make_matrix(folder / "workspace", runs)
     made, place = folder / "made.txt", folder / "bin" / "folora"
     made.touch()
     place.parent.mkdir()
     place.write_text(STAND_IN)
     place.chmod(0o755)
-    environment = os.environ | {"PATH": f"{place.parent}:{os.environ['PATH']}", "MADE": str(made)}
+    environment = os.environ | {"PATH": f"{place.parent}:{os.environ['PATH']}", "MADE": str(made), "PAUSE": str(pause)}
     command = ["snakemake", "--quiet", "--cores", str(cores)]
     begun = time.monotonic()
     with subprocess.Popen(command, cwd=workspace, env=environment, stderr=subprocess.DEVNULL) as runner:

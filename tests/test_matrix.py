@@ -13,6 +13,6 @@ if TYPE_CHECKING:
 
 @pytest.mark.slow
 def test_no_stage_is_left_out_or_done_twice(tmp_path: Path) -> None:
-    outcome = measure(tmp_path, runs=30, cores=2, stop_after=12)
+    outcome = measure(tmp_path, runs=30, cores=2, stop_after=12, pause=0.5)
     assert 12 <= outcome.before < outcome.stages
     assert (outcome.left_out, outcome.twice) == (0, 0)

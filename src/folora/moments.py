@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SINGLE, DOUBLE = 4, 8  # bytes of a number
+WORKSPACE = 8_000_000  # bytes that BLAS and the allocator were seen to keep beside the products
 FOURTH = "fourth/"  # what the names of Σ ‖x‖⁴ begin with among the tensors of moments
 
 
@@ -109,7 +110,7 @@ def memory_of(widths: list[int]) -> int:
     """Bytes that the sums of layer inputs of these widths take, and on top the products of a block of rows."""
     sums = sum(DOUBLE * half_size(d) for d in widths)
     block = row_blocks(max(widths))[0].stop
-    return sums + (SINGLE + DOUBLE) * block * max(widths)  # float32, and made float64 to be added
+    return sums + (SINGLE + DOUBLE) * block * max(widths) + WORKSPACE  # float32, and made float64 to be added
 
 
 def split_passes(widths: dict[str, int], budget: int | None) -> list[list[str]]:
