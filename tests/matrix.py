@@ -92,7 +92,7 @@ def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float =
         while runner.poll() is None and len(made.read_text().splitlines()) < stop_after:
             time.sleep(0.05)
         told = time.monotonic()
-        runner.send_signal(signal.SIGINT)
+        runner.send_signal(signal.SIGTERM)  # it ends what runs and starts nothing more
     ended, before = time.monotonic(), len(made.read_text().splitlines())
     subprocess.run(command, cwd=workspace, env=environment, check=True, stderr=subprocess.DEVNULL)
     done = time.monotonic()
