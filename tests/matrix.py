@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -88,11 +89,14 @@ def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float =
     environment = os.environ | {"PATH": f"{place.parent}:{os.environ['PATH']}", "MADE": str(made), "PAUSE": str(pause)}
     command = ["snakemake", "--quiet", "--cores", str(cores)]
     begun = time.monotonic()
-    with subprocess.Popen(command, cwd=workspace, env=environment, stderr=subprocess.DEVNULL) as runner:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background processes ignore
+    with subprocess.Popen(
+        command, cwd=workspace, env=environment, stderr=subprocess.DEVNULL, preexec_fn=heard
+    ) as runner:
         while runner.poll() is None and len(made.read_text().splitlines()) < stop_after:
             time.sleep(0.05)
         told = time.monotonic()
-        runner.send_signal(signal.SIGTERM)  # it ends what runs and starts nothing more
+        runner.send_signal(signal.SIGINT)
     ended, before = time.monotonic(), len(made.read_text().splitlines())
     subprocess.run(command, cwd=workspace, env=environment, check=True, stderr=subprocess.DEVNULL)
     done = time.monotonic()
