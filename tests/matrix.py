@@ -1,4 +1,4 @@
-"""A matrix of many stages under Snakemake, stopped in the middle and gone on with: all are done, what was recorded once.
+"""A matrix of many stages under Snakemake, stopped in the middle and gone on with: all done, what was recorded once.
 
     python tests/matrix.py --runs 988 --cores 8 --output matrix.json
 
