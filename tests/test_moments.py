@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from folora.layers import adapted_layers, batches
 from folora.library import second_moments
 from folora.moments import Moments, collect
-from folora.triangle import half_of
+from folora.triangle import half_of, whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,6 +102,7 @@ def test_equal_a_loop_over_tokens_for_any_batch_size_and_padding(
     assert found.tokens == TOKENS
     for name, products in looped.items():
         assert found.sums[name].dtype == torch.float64
+        assert_close(whole_of(found.sums[name], found.widths[name]), torch.stack(products).sum(0))
         assert_close(found.mean(name), torch.stack(products).mean(0))
 
 
