@@ -17,6 +17,7 @@ from folora.base import Base
 from folora.counted_text import CountedText
 from folora.methods import method_from
 from folora.pencil import LayerSpectrum, Spectrum
+from folora.triangle import blocks_of, half_size
 
 if TYPE_CHECKING:
     from folora.deltas import Layer, LoRALayer
@@ -176,3 +177,11 @@ def assert_near(found: Tensor, expected: Tensor, tolerance: float = 1e-5, *, siz
     found, expected = found.detach().double(), expected.detach().double()
     greatest = max(float(expected.abs().max()), float(size))
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * greatest)
+
+
+def half_of(matrix: Tensor) -> Tensor:
+    """The half of a symmetric matrix (d, d)."""
+    half = matrix.new_empty(half_size(len(matrix)))
+    for rows, block in blocks_of(half, len(matrix)):
+        block.copy_(matrix[rows, : rows.stop])
+    return half

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from small import BATCH, adapt
+from small import BATCH, adapt, half_of
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from folora.layers import adapted_layers, batches
 from folora.library import second_moments
 from folora.moments import Moments, collect
-from folora.triangle import half_of, whole_of
+from folora.triangle import whole_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,6 +5,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from small import half_of
 from torch import Tensor
 
 from folora.errors import FoLoRAError
@@ -20,7 +21,6 @@ from folora.pencil import (
     solve,
     solve_spectrum,
 )
-from folora.triangle import half_of
 
 WIDTH = 7
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import half_of
 
-from folora.triangle import blocks_of, half_of, half_size, row_blocks, whole_of
+from folora.triangle import blocks_of, half_size, row_blocks, whole_of
 
 
 @pytest.mark.parametrize("d", [1, 2, 191, 192, 193, 576, 1537, 2000])

@@ -50,11 +50,3 @@ def whole_of(half: Tensor, d: int) -> Tensor:
         whole[: rows.start, rows] = left.mT
         whole[rows, rows] = (diagonal + diagonal.mT) / 2
     return whole
-
-
-def half_of(matrix: Tensor) -> Tensor:
-    """The half of a symmetric matrix (d, d)."""
-    half = matrix.new_empty(half_size(len(matrix)))
-    for rows, block in blocks_of(half, len(matrix)):
-        block.copy_(matrix[rows, : rows.stop])
-    return half
