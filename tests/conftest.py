@@ -132,6 +132,13 @@ class Pipeline:
         shutil.copytree(self.folder, folder)
         return Pipeline(folder, self.params, Base(folder / "foundation", self.base.manifest))
 
+    @property
+    def logged(self) -> Params:
+        """The parameters with an experiment for the runs of the fixtures alone: tests train into that of ``params``."""
+        return self.params.model_copy(
+            update={"tracking": self.params.tracking.model_copy(update={"experiment": "fixtures"})}
+        )
+
     def values(self) -> dict[str, Any]:
         """The parameters as plain values, to change and write."""
         return self.params.model_dump(mode="json", serialize_as_any=True)
@@ -193,13 +200,13 @@ def make_pipeline(folder: Path, values: dict[str, Any]) -> Pipeline:
 
 @pytest.fixture(scope="session")
 def runs(pipeline: Pipeline) -> Path:
-    """``METHOD/RUN`` folders of both runs of the pipeline's parameters, logged to its MLflow store."""
+    """``METHOD/RUN`` folders of both runs of the pipeline's parameters."""
     from folora.train import TrainInputs, train_run
 
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
     with contextlib.chdir(pipeline.folder):  # MLflow keeps artefacts below the working folder
         for name, run in pipeline.params.runs.items():
-            train_run(pipeline.params, name, pipeline.base, inputs, pipeline.folder / "runs" / run.method / name)
+            train_run(pipeline.logged, name, pipeline.base, inputs, pipeline.folder / "runs" / run.method / name)
     return pipeline.folder / "runs"
 
 
@@ -210,10 +217,10 @@ def evaluations(pipeline: Pipeline, runs: Path) -> Path:
 
     folder = pipeline.folder / "evaluation"
     with contextlib.chdir(pipeline.folder):
-        evaluate_base(pipeline.params, pipeline.base, pipeline.world, pipeline.heldout, folder / "base")
+        evaluate_base(pipeline.logged, pipeline.base, pipeline.world, pipeline.heldout, folder / "base")
         for method in pipeline.params.methods:
             evaluate_method(
-                pipeline.params,
+                pipeline.logged,
                 method,
                 pipeline.base,
                 pipeline.world,

@@ -135,7 +135,7 @@ def answers(address: str) -> bool:
 def experiment_id(pipeline: Pipeline) -> str:
     from mlflow import MlflowClient
 
-    tracking = pipeline.params.tracking
+    tracking = pipeline.logged.tracking
     experiment = MlflowClient(tracking.uri).get_experiment_by_name(tracking.experiment)
     assert experiment is not None
     return str(experiment.experiment_id)
