@@ -19,7 +19,7 @@ from folora.commands.plan import LIBRARIES, Plan, empty_model, make_plan, plan_s
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
-from folora.params import Params, load_params
+from folora.params import Params, PretrainedFoundation, load_params
 from folora.spectrum import read_spectrum
 
 if TYPE_CHECKING:
@@ -166,6 +166,21 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
     rows = {"math": 512, "code": 512, "instruction": 512}
     assert stages["covariance"].tokens == 256 * 2048 + sum(256 * length for length in rows.values())
     assert {run.task for run in params.runs.values()} == rows.keys()
+
+
+@pytest.mark.parametrize("name", [*HUB_MODELS, "smollm2-quick", "smollm2-gsm8k", "default", "tiny"])
+def test_a_preset_gives_its_jobs_the_memory_that_they_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = ROOT / "workflow" / "presets" / f"{name}.yaml"
+    params = load_params(ROOT / "params.yaml" if name == "default" else preset)
+    if isinstance(params.foundation, PretrainedFoundation):
+        config = HUB_MODELS.get(name, HUB_MODELS["smollm2-135m"])
+        monkeypatch.setattr("folora.commands.plan._config", lambda *_: config)
+    assert not [line for line in make_plan(params).warnings if line.startswith("memory: ")]
+    less = params.model_copy(update={"memory": params.memory.model_copy(update={"proxy": 500})})
+    told = [line for line in make_plan(less).warnings if line.startswith("memory: ")]
+    assert [line.partition(",")[0] for line in told] == [
+        f"memory: a job of {stage} is given 500.0 MB" for stage in ("proxy", "heldout")
+    ]
 
 
 @pytest.mark.slow

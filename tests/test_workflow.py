@@ -10,10 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from workspace import change, make_workspace
 
 from folora.dag import Stage, _overlaps, below, resolve_stages
 from folora.params import load_params
@@ -69,6 +71,15 @@ def test_a_stage_asks_for_the_gpus_that_the_model_is_loaded_on(
     running = running - {"task", "spectrum"} | {"foundation"}  # a foundation is pinned where its device is
     assert asking == {name: int(name in running) for name in asking}
     assert spread == asking | dict.fromkeys(running - {"foundation", "train"}, 2)
+
+
+def test_jobs_fit_this_machine_and_a_cluster_gives_what_they_ask_for(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    change(workspace, "memory.foundation", 900_000_000)
+    here = snakemake("--dry-run", "--cores", "2", cwd=workspace)
+    there = snakemake("--dry-run", "--profile", "profiles/kubernetes", cwd=workspace)
+    asked = [max(map(int, re.findall(r"mem_mb=(\d+)", printed))) for printed in (here, there)]
+    assert asked == [psutil.virtual_memory().total // 10**6, 900_000_000]
 
 
 def test_rule_names_are_distinct_identifiers(stages: dict[str, Stage]) -> None:

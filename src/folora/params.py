@@ -28,6 +28,7 @@ Shrinkage = Annotated[
 ]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Numbers = Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
+Megabytes = Annotated[int, Field(ge=1, description="of memory for a job, in MB; `folora plan` says what it takes")]
 ThreadCount = Annotated[int, Field(ge=1, le=256, description="torch threads; another count changes the last bits")]
 
 
@@ -331,6 +332,17 @@ class Threads(Section):
     evaluate: ThreadCount
 
 
+class Memory(Section):
+    """What a job of each stage may take: Snakemake keeps it free, a cluster gives it. No part of the result."""
+
+    foundation: Megabytes
+    proxy: Megabytes
+    covariance: Megabytes
+    spectrum: Megabytes
+    train: Megabytes
+    evaluate: Megabytes
+
+
 class Report(Section):
     """How the comparison is drawn."""
 
@@ -361,6 +373,7 @@ class Params(Section):
     evaluation: Evaluation
     report: Report
     threads: Threads
+    memory: Memory
     tracking: Tracking
 
     @field_validator("methods", mode="before")

@@ -8,6 +8,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
+
 from folora.dag import below, is_folder, resolve_stages, stale_stages
 from folora.errors import FoLoRAError
 from folora.finished import Recording, mark_of
@@ -32,6 +34,10 @@ if workflow.is_main_process:
         for dated in (path, path / ".snakemake_timestamp"):
             if dated.exists() and dated.stat().st_mtime > time.time():
                 dated.touch()
+
+if workflow.resource_settings.nodes is None and "mem_mb" not in workflow.global_resources:
+    # jobs at once fit this machine, and one that asks for more runs alone; a cluster's jobs it would cut short
+    workflow.register_resource("mem_mb", psutil.virtual_memory().total // 10**6)
 
 MARKERS.mkdir(parents=True, exist_ok=True)
 for name in STALE:

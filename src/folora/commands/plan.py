@@ -25,7 +25,7 @@ from folora.triangle import half_size
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from folora.params import Params, Run
+    from folora.params import Memory, Params, Run
 
 OVERHEAD = 3.0  # assumed, not measured: what small products and all between them cost beyond the large ones
 EIGENPROBLEM = 13  # operations per d³: Cholesky, three triangular solves, eigh
@@ -127,7 +127,7 @@ def make_plan(params: Params, folder: Path | None = None) -> Plan:
     shape, covered = shape_of(model, params)
     stages = plan_stages(params, shape, _speed("float32", _device(params)), _speed("float64", "cpu"))
     notes = _truncated(shape, params.spectrum.directions) + _in_passes(shape, params.covariance.memory_budget, stages)
-    return Plan(covered, stages, _warnings(stages, shape) + notes)
+    return Plan(covered, stages, _warnings(stages, shape) + _beyond(params.memory, stages) + notes)
 
 
 def head_line(params: Params, folder: Path, stage: str) -> str:
@@ -347,6 +347,16 @@ def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
             f"second moments take {_bytes(moments)}, {wide}: adapter.target_modules may leave these layers out"
         )
     return found
+
+
+def _beyond(memory: Memory, stages: list[StagePlan]) -> list[str]:
+    """Stages that take more memory than a job of theirs is given."""
+    given = memory.model_dump() | {"heldout": memory.proxy}
+    return [
+        f"memory: a job of {stage.stage} is given {_bytes(1e6 * given[stage.stage])}, and takes {_bytes(stage.memory)}"
+        for stage in stages
+        if stage.memory > 1e6 * given[stage.stage]
+    ]
 
 
 def _truncated(shape: Shape, directions: int | None) -> list[str]:
