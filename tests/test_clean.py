@@ -17,6 +17,7 @@ from folora.cli import app
 from folora.commands.clean import find_leftovers, remove, stages_that_read
 from folora.dag import resolve_stages
 from folora.errors import FoLoRAError
+from folora.hold import hold
 from folora.records import card_of, journal_path
 from folora.storage import read_json
 
@@ -159,3 +160,15 @@ def test_nothing_is_deleted_while_a_runner_works(littered: Path, params: Params)
     with pytest.raises(FoLoRAError, match="at work in this folder"):
         remove(find_leftovers(params, resolve_stages(littered)))
     assert files(littered) == before
+
+
+def test_nothing_is_deleted_while_a_stage_works(littered: Path, params: Params) -> None:
+    """One that was started by itself, or by a runner on another machine that shares the folder."""
+    leftovers = find_leftovers(params, resolve_stages(littered))
+    with (
+        hold(Path("artifacts/heldout.parquet")),
+        pytest.raises(FoLoRAError, match=rf"process {os.getpid()} of .* is at work in this folder"),
+    ):
+        remove(leftovers)
+    remove(leftovers)
+    assert not any(left.path.exists() for left in leftovers)

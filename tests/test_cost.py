@@ -53,8 +53,8 @@ def test_the_last_cost_of_an_output_holds_and_broken_lines_are_passed_over(in_tm
     keep_cost("train", in_tmp / "a", 0.5)
     keep_cost("train", in_tmp / "b", 0.25)
     keep_cost("train", in_tmp / "a", 0.75)
-    with LEDGER.open("a") as file:
-        file.write('{"stage": "tra')
+    with LEDGER.open("ab") as file:
+        file.write(b'\xff\x00\n{"stage": "tra')
     steps = {name: cost.step for name, cost in read_costs().items()}
     assert steps == {f"{in_tmp}/a": 0.75, f"{in_tmp}/b": 0.25}
 

@@ -71,6 +71,16 @@ def test_what_cannot_be_exported_is_named(places: Places, pipeline: Pipeline, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_no_folder_of_another_kind_is_replaced(places: Places, pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(FoLoRAError, match=r"mine: is there already, and no export: name a folder to make"):
+        export_run(pipeline.params, RUN, places, tmp_path / "mine", merge=False)
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    for _ in range(2):  # an earlier export gives way
+        export_run(pipeline.params, RUN, places, tmp_path / "out", merge=False)
+
+
 def test_a_merge_that_changes_the_model_is_refused(
     places: Places, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

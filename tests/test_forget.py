@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, LoraModel
 from typer.testing import CliRunner
 
 from folora.cli import app
-from folora.commands.forget import Forgetting, Yardsticks, measure_forgetting
+from folora.commands.forget import Forgetting, Yardsticks, _relative_change, measure_forgetting
 from folora.errors import FoLoRAError
 from folora.spectrum import read_spectrum
 from folora.storage import read_table
@@ -98,7 +100,25 @@ def test_other_kinds_of_adapters(pipeline: Pipeline, tmp_path: Path) -> None:
 def test_without_tasks_the_rest_is_measured(pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
     found = measure(pipeline, runs / "lora" / LORA / "adapter", tmp_path)
     assert found.kept == {}
+    assert found.unasked == pipeline.params.evaluation.kept
     assert found.kl > 0
+
+
+def test_a_small_change_of_a_bfloat16_base_is_not_rounded_away() -> None:
+    base = torch.nn.Linear(32, 32, bias=False)
+    torch.nn.init.normal_(base.weight, generator=torch.Generator().manual_seed(0))
+    model = LoraModel(torch.nn.Sequential(base), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "x")
+    layer: Any = model.model[0]
+    layer.lora_B["x"].weight.data *= 1e-4
+    spectrum: Any = SimpleNamespace(penalty=torch.eye(32), utility=torch.eye(32))
+    changes = []
+    for dtype in (torch.bfloat16, torch.float32):  # which holds the rounded weights too
+        base.to(dtype)
+        weight = base.weight.clone()
+        changes.append(_relative_change("0", layer, spectrum))
+        assert torch.equal(base.weight, weight)
+        assert base.weight.dtype == dtype
+    assert changes[0].penalty == pytest.approx(changes[1].penalty, rel=1e-5)
 
 
 def test_what_is_no_adapter_for_this_model_is_one_line(pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
@@ -138,7 +158,7 @@ def test_the_command(pipeline: Pipeline, runs: Path, save_params: SaveParams) ->
     options = [str(part) for name, path in places.items() for part in (f"--{name}", path)]
     command = ["forget", str(runs / "lora" / LORA / "adapter"), *options]
     said = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert {"kl", "perplexity", "base_perplexity", "kept", "layers", "unmeasured", "penalty", "utility"} == said.keys()
+    assert {"kl", "perplexity", "base_perplexity", "kept", "layers", "unmeasured", "unasked", "penalty", "utility"} == said.keys()
     text = CliRunner().invoke(app, command).stdout
     assert f"KL to the base {said['kl']:.4f} nats per token" in text
     assert Q in text

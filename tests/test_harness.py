@@ -101,6 +101,19 @@ def test_likelihood_is_the_mean_probability_of_a_token(pipeline: Pipeline, folde
         assert (answer["prompt"], answer["expected"]) == (item["prompt"], item["right"])
 
 
+def test_a_task_goes_by_the_name_of_its_file(pipeline: Pipeline, folder: Path) -> None:
+    """Copied from another, it often says the other's name within."""
+    (folder / "two.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS[1:]))
+    spec = {"task": "likely", **SPEC, **KINDS["likely"], "dataset_kwargs": {"data_files": {"test": "two.jsonl"}}}
+    (folder / "evaluation" / "copied.yaml").write_text(json.dumps(spec))
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["likely", "copied"])
+    asked = [(answer["task"], answer["prompt"]) for answer in answers]
+    assert asked == [
+        *(("likely", item["prompt"]) for item in ITEMS),
+        *(("copied", item["prompt"]) for item in ITEMS[1:]),
+    ]
+
+
 def test_a_choice_scored_by_its_length_is_the_answer(pipeline: Pipeline, folder: Path, log_likelihood: Any) -> None:
     answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["normed"])
     likeliest = []

@@ -206,6 +206,20 @@ def test_turned_coordinates_are_resumed_whole(basis: Tensor, gate: Tensor, turne
         assert value is getattr(coordinates, name), name
 
 
+def test_a_state_is_loaded_onto_the_device_of_the_parameters(basis: Tensor, gate: Tensor) -> None:
+    """The Trainer reads it to main memory; ``meta`` stands in for a GPU."""
+    parameters = fresh()
+    first = GatedAdam([{"params": [one]} for one in parameters], lr=0.1)
+    descend(first, parameters, range(2))
+    first.turn(0, Coordinates(basis=basis, gate=gate))
+    second = GatedAdam([{"params": [nn.Parameter(one.detach().to("meta"))]} for one in parameters], lr=0.1)
+    second.load_state_dict(first.state_dict())
+    assert second.steps == 2
+    tensors = [*(value for state in second.state.values() for value in state.values())]
+    tensors += [value for value in vars(second.coordinates[0]).values() if isinstance(value, Tensor)]
+    assert [value.device.type for value in tensors] == ["meta"] * (3 * len(parameters) + 2)
+
+
 def test_parameters_without_a_gradient_stay(basis: Tensor) -> None:
     idle, busy = fresh()
     optimizer = GatedAdam([{"params": [idle, busy], "basis": basis}], lr=0.1, weight_decay=0.5)

@@ -71,6 +71,7 @@ def test_shipped_files_are_valid(path: Path) -> None:
         (f"{LORA_RUN}.seed", -1, "greater than or equal to 0 (got -1)"),
         (f"{LORA_RUN}.method", "sgd", "'sgd' is not one of methods: "),
         (f"{LORA_RUN}.task", "poetry", "'poetry' is not one of tasks: subtraction"),
+        ("methods.base", {"kind": "lora"}, "stands for the base model in results"),
         ("methods.lora.replay", -1, "greater than or equal to 0 (got -1)"),
         ("methods.lora.tau", 1.0, "not permitted"),
         ("methods.lora.kind", "sgd", f"'sgd' is not one of {', '.join(kinds())}"),

@@ -137,3 +137,10 @@ def test_a_rank_beyond_a_layer_s_singular_values_is_named(kind: str, rank: int) 
     with pytest.raises(FoLoRAError, match=rf"adapter\.rank: {rank} is too much for this method, layer .* has 4"):
         method_from(kind, {"kind": kind}).adapt(base_model(), wide)
     assert method_from("lora", {"kind": "lora"}).adapt(base_model(), wide).layers[0].A.shape[0] == rank
+
+
+@pytest.mark.parametrize("options", [{"kind": "eva"}, {"kind": "folora", "start": "spectral"}])
+def test_a_rank_beyond_the_directions_of_a_layer_s_input_is_named(options: dict[str, str]) -> None:
+    rank = max(layer.in_features for layer in base_model().modules() if isinstance(layer, torch.nn.Linear)) + 1
+    with pytest.raises(FoLoRAError, match=rf"adapter\.rank: {rank} is too much for this method, the input of layer"):
+        method_from(options["kind"], options).adapt(base_model(), replace(context(), rank=rank))

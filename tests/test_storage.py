@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -35,7 +36,6 @@ from folora.storage import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 MANIFEST = {"artefact": "test", "model": "m", "nested": {"b": [1, 2], "a": None}, "text": "λ"}
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3).mT, "a": torch.zeros(2, dtype=torch.float64)}
@@ -196,6 +196,16 @@ def test_what_a_killed_process_left_is_removed(folder: bool, tmp_path: Path) -> 
         assert partial == own
         partial.touch(exist_ok=False)
     assert sorted(tmp_path.iterdir()) == sorted([alive, other, tmp_path / "x.json"])
+
+
+def test_nothing_else_gives_way(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    with pytest.raises(FoLoRAError, match="kept: is a folder: name a file"), publish(tmp_path / "kept") as partial:
+        partial.write_text("x")
+    for name in (".", "..", tmp_path / ".."):
+        with pytest.raises(FoLoRAError, match=r"\.: .*name one to make"), publish(Path(name)):
+            raise AssertionError("the work has begun")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:

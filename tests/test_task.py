@@ -310,6 +310,21 @@ def test_a_task_has_one_form(changes: dict[str, Any], expected: str, tiny_params
         Task.model_validate(tiny_params.tasks["subtraction"].model_dump() | changes)
 
 
+def test_a_column_that_the_first_row_lacks_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "context": "c"}\n')
+    assert list(read_rows(str(tmp_path / "rows.jsonl"), "x")) == [
+        {"prompt": "a", "context": None},
+        {"prompt": "b", "context": "c"},
+    ]
+
+
+def test_files_as_a_spreadsheet_writes_them_are_read(tmp_path: Path) -> None:
+    row = {"prompt": "1", "response": "x" * 200_000}
+    for name, text in (("rows.csv", f"prompt,response\n1,{row['response']}\n"), ("rows.jsonl", json.dumps(row))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert list(read_rows(str(tmp_path / name), "x")) == [row]
+
+
 def test_a_full_cache_is_not_taken_for_bad_data(
     small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

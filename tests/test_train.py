@@ -11,6 +11,7 @@ import torch
 import folora.train
 from folora.base import digests
 from folora.errors import FoLoRAError
+from folora.objective import Objective
 from folora.params import Params
 from folora.recorder import Recorder
 from folora.schedule import batch_rows
@@ -216,6 +217,14 @@ def test_a_notable_rounding_of_the_weights_is_printed_and_kept(
     assert ("rounded to float32" in capsys.readouterr().out) is (limit is not None)
     assert ("rounding" in about) is (limit is not None)
     assert about.get("rounding", 1e-8) < 1e-6
+
+
+def test_a_training_that_diverges_stops(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Objective.parts
+    monkeypatch.setattr(Objective, "parts", lambda *given: (torch.nan * part for part in parts(*given)))
+    with pytest.raises(FoLoRAError, match=r"the training diverged, at step 1 the loss is nan and .*: lower the run's"):
+        train(pipeline, LORA, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_history_holds_the_meter(runs: Path) -> None:

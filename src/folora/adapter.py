@@ -100,11 +100,14 @@ class AdaptedModel(ABC):
     @torch.no_grad()
     def base_logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Logits of the base model on a batch, without gradients, (batch, length, vocabulary)."""
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         training = self.model.training
-        self.model.eval()
+        if training:  # to say so to every module takes its time
+            self.model.eval()
         with self._as_base():
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        self.model.train(training)
+            logits = self.model(**inputs, use_cache=False).logits
+        if training:
+            self.model.train()
         return logits
 
     @torch.no_grad()
@@ -299,6 +302,18 @@ def check_rank(model: PreTrainedModel, context: Context, *, spare: int = 0) -> N
         if context.rank + spare > min(weight.shape):
             limit = f"layer {name} has {min(weight.shape)} singular values"
             raise FoLoRAError(f"adapter.rank: {context.rank} is too much for this method, {limit}: lower it")
+
+
+def check_start(layer: LoRALayer, directions: int) -> None:
+    """See that there is a direction for each row of a layer's A.
+
+    Raises:
+        FoLoRAError: the adapter's rank is too great.
+    """
+    rank = layer.A.shape[0]
+    if rank > directions:
+        limit = f"the input of layer {layer.name} has {directions} directions"
+        raise FoLoRAError(f"adapter.rank: {rank} is too much for this method, {limit}: lower it")
 
 
 def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> PreTrainedModel | PeftModel:

@@ -82,7 +82,7 @@ class Base:
         return load_tokenizer(self.folder, self.loading)
 
     def load_for_inference(self) -> PreTrainedModel:
-        """The same, spread over devices where the environment says so; weights may then lie elsewhere than in memory.
+        """As ``load_model``, spread over devices where the environment says so; weights may then not be in memory.
 
         Raises:
             FoLoRAError: the device is not to be had, or the model cannot be spread.

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from folora.storage import lines_of
+
 LEDGER = Path(".folora/costs.jsonl")
 
 
@@ -57,7 +59,7 @@ def keep_cost(stage: str, output: Path, step: float | None = None, energy: float
 def read_costs(ledger: Path = LEDGER) -> dict[str, Cost]:
     """The last cost of every output, by its path; empty where nothing ran."""
     costs = {}
-    for line in ledger.read_text().splitlines() if ledger.is_file() else []:
+    for line in lines_of(ledger):
         with suppress(ValueError, TypeError):  # a line that a full disk cut off
             cost = Cost(**json.loads(line))
             costs[cost.output] = cost

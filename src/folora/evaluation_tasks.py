@@ -34,7 +34,7 @@ def load_tasks(name: str, folder: Path, *, run_code: bool) -> dict[str, Any]:
     Raises:
         FoLoRAError: there is no such task, its data or code cannot be loaded, or it runs code that must not run here.
     """
-    path = folder / "evaluation" / f"{name}.yaml"
+    path = _file_of(name, folder)
     if path.is_file():
         tasks = _load_own(path, folder, run_code=run_code)
     elif name in known_tasks().all_tasks:
@@ -50,6 +50,15 @@ def load_tasks(name: str, folder: Path, *, run_code: bool) -> dict[str, Any]:
     return tasks
 
 
+def is_known(name: str, folder: Path) -> bool:
+    """Whether there is a task of this name, in a file of one's own or the harness's."""
+    return _file_of(name, folder).is_file() or name in known_tasks().all_tasks
+
+
+def _file_of(name: str, folder: Path) -> Path:
+    return folder / "evaluation" / f"{name}.yaml"
+
+
 def _load_own(path: Path, folder: Path, *, run_code: bool) -> dict[str, Any]:
     """A task of one's own; one that the harness comes with, with other data, where it names that as ``include``."""
     from lm_eval.tasks import TaskManager
@@ -58,7 +67,9 @@ def _load_own(path: Path, folder: Path, *, run_code: bool) -> dict[str, Any]:
     known = spec.pop("include", None)
     if known is None:
         own = TaskManager(include_defaults=False, verbosity="ERROR")
-        return _load_from(own, path.stem, spec, run_code=run_code)
+        tasks = list(_load_from(own, path.stem, spec, run_code=run_code).values())
+        # by the file's name: the one within is often that of the file it was copied from
+        return {path.stem if len(tasks) == 1 else f"{path.stem}/{number}": task for number, task in enumerate(tasks)}
     if known not in known_tasks().all_subtasks:
         raise FoLoRAError(f"{path}: include: {known!r} is no task of the harness: name one, or leave it out")
     changed = {"group": path.stem, "task": [{**spec, "task": known}]}

@@ -56,6 +56,19 @@ def hold(what: Path) -> Iterator[None]:
         lock.release()
 
 
+def at_work() -> str | None:
+    """Who holds anything in the working folder, of any machine that shares it; None where nobody does."""
+    from filelock import FileLock, Timeout
+
+    for path in HOLDS.glob("*.lock"):
+        try:
+            with FileLock(path).acquire(timeout=0):
+                pass
+        except Timeout:
+            return _holder(path)
+    return None
+
+
 def _user() -> str:
     try:
         return getuser()

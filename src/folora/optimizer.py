@@ -1,6 +1,6 @@
 """Gated Adam: Adam whose update is gated direction by direction, in the coordinates where its moments live.
 
-For a LoRA factor A (r × d) with basis V̂ (d × d) and gates g (d,):
+For a LoRA factor A (r × d) with basis V̂ (d × q) and gates g (q,), where q = d unless ``spectrum.directions`` is less:
 
     G̃ = G V̂;   m, v: Adam's moments of G̃;   Ũ = m̂ / (√v̂ + ε);   A ← A (1 - lr·wd) - lr (Ũ ⊙ g) V̂ᵀ
 
@@ -13,7 +13,7 @@ F (d × d) may multiply canonical Adam's update on the right, A ← A (1 - lr·w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,8 +62,8 @@ class Coordinates:
     """Where Adam works for one parameter group, and what it keeps of its update there.
 
     Attributes:
-        basis: (d, d) V̂, or None for canonical coordinates.
-        gate: (d,) or a scalar, or None for one.
+        basis: (d, q) V̂, or None for canonical coordinates.
+        gate: (q,) or a scalar, or None for one.
         gate_gradient: whether the gate multiplies the gradient instead of the update.
         filter: (d, d) F on the right of the update, or None.
     """
@@ -72,6 +72,13 @@ class Coordinates:
     gate: Tensor | None = None
     gate_gradient: bool = False
     filter: Tensor | None = None
+
+    def to(self, device: torch.device) -> Coordinates:
+        """The same on a device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def enter(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients, (rows, d) each, in these coordinates."""
@@ -116,6 +123,7 @@ class GatedAdam(torch.optim.Optimizer):
 
     Attributes:
         coordinates: of each parameter group; ``turn`` replaces them.
+        steps: taken so far.
     """
 
     def __init__(
@@ -128,6 +136,7 @@ class GatedAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         self.coordinates: list[Coordinates] = []
+        self.steps = 0
         self._turned: set[int] = set()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -136,11 +145,6 @@ class GatedAdam(torch.optim.Optimizer):
         own = {name: param_group.pop(name) for name in Coordinates.__dataclass_fields__ if name in param_group}
         self.coordinates.append(Coordinates(**own))
         super().add_param_group(param_group)
-
-    @property
-    def steps(self) -> int:
-        """Steps taken so far."""
-        return max((int(state["step"]) for state in self.state.values()), default=0)
 
     def turn(self, position: int, coordinates: Coordinates) -> None:
         """Give the parameter group at ``position`` other coordinates from the next step on."""
@@ -154,13 +158,18 @@ class GatedAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the moments in float32, also those of parameters of another type, and what was turned."""
+        """Restore what ``state_dict`` has, on the devices of the parameters.
+
+        Moments are restored in float32, also those of parameters of another type.
+        """
         super().load_state_dict(state_dict)
-        for state, saved in zip(self.state.values(), state_dict["state"].values(), strict=True):
+        for (parameter, state), saved in zip(self.state.items(), state_dict["state"].values(), strict=True):
             for key in ("exp_avg", "exp_avg_sq"):  # torch has rounded them to the parameter's type
-                state[key] = saved[key].to(state[key].device, torch.float32)
+                state[key] = saved[key].to(parameter.device, torch.float32)
+            state["step"] = saved["step"].to(parameter.device)  # which torch leaves where it was
+        self.steps = max((int(saved["step"]) for saved in state_dict["state"].values()), default=0)
         for position, coordinates in state_dict.get("turned", {}).items():
-            self.turn(position, Coordinates(**coordinates))
+            self.turn(position, Coordinates(**coordinates).to(self.param_groups[position]["params"][0].device))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,6 +188,7 @@ class GatedAdam(torch.optim.Optimizer):
         for options, groups in alike.items():
             for some in _in_cache(groups):
                 self._step_groups(some, *options)
+        self.steps += 1
         return loss
 
     def _step_groups(

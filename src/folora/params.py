@@ -13,6 +13,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from folora.errors import FoLoRAError, describe
 from folora.loading import Loading
 from folora.methods import Method, method_from
+from folora.selection import BASE
 from folora.shrinkage import ShrinkageName
 
 if TYPE_CHECKING:
@@ -394,6 +395,8 @@ class Params(Section):
             if run.method not in self.methods:
                 raise ValueError(f"runs.{name}.method: {run.method!r} is not one of methods: {', '.join(self.methods)}")
         for name in self.methods:
+            if name == BASE:
+                raise ValueError(f"methods.{name}: stands for the base model in results: choose another name")
             runs = self.runs_of(name)
             if not runs:
                 raise ValueError(f"methods.{name}: no entry of runs uses it: add a run or remove the method")

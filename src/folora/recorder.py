@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from folora.budget import keep_inside
+from folora.errors import FoLoRAError
 from folora.meter import ForgettingMeter
 from folora.processes import from_first
 
@@ -53,6 +55,7 @@ class Recorder(TrainerCallback):
         self._adapted, self._text, self._folder, self._log = adapted, text, folder, log
         self._meter = ForgettingMeter(adapted.groups)
         self._budget = budget
+        self._inside: tuple[int, float] | None = None  # the step that the budget was held at last, and its KL
         self._due = due
         self._tokens, self._since = 0, time.perf_counter()
         self._begun, self._steps = 0.0, list[float]()
@@ -96,18 +99,25 @@ class Recorder(TrainerCallback):
         self._steps.append(time.perf_counter() - self._begun)
         if state.global_step in self._due:
             if self._budget is not None:
-                self._kl()
+                self._inside = state.global_step, self._kl()
             if self._folder:
                 self._adapted.save(self._folder / str(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Read the meter whenever the Trainer logs a loss."""
+        """Read the meter whenever the Trainer logs a loss.
+
+        Raises:
+            FoLoRAError: the training diverged.
+        """
         del args, control
         if "loss" not in logs:
             return
         step, tokens = state.global_step, state.num_input_tokens_seen
         speed = (tokens - self._tokens) / (time.perf_counter() - self._since)
-        kl = self._kl()
+        kl = self._inside[1] if self._inside and self._inside[0] == step else self._kl()
+        if not math.isfinite(float(logs["loss"]) + kl):
+            found = f"at step {step} the loss is {float(logs['loss'])} and the KL {kl}"
+            raise FoLoRAError(f"the training diverged, {found}: lower the run's learning_rate, or take it out of runs")
         reading = {
             "loss": float(logs["loss"]),
             "learning_rate": float(logs["learning_rate"]),

@@ -28,6 +28,7 @@ from folora.storage import (
     digest_of_file,
     fields_of,
     identity_of,
+    lines_of,
     read_json,
     read_table,
     require,
@@ -221,8 +222,7 @@ def read_journal(digest: str) -> tuple[dict[str, str], list[Reading]]:
     """Source tags and readings of a run's last training; empty where there is no journal."""
     tags: dict[str, str] = {}
     readings = []
-    path = journal_path(digest)
-    for text in path.read_text().splitlines() if path.is_file() else []:
+    for text in lines_of(journal_path(digest)):
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # a line that a full disk cut off
             line = json.loads(text)
             tags |= line.get("tags", {})

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 def carry_over(optimizer: Any, parameters: list[Tensor], old: Tensor | None, new: Tensor | None) -> None:
     """Make the mean of the gradients G V_old that of G V_new, for parameters that share (d, q) bases.
 
-    Exact for q = d; of fewer directions, what both spans have in common is carried over.
+    Exact for q = d; of fewer directions, what both spans have in common is carried over. A mean of gated gradients
+    keeps the gates that they had.
     """
     if old is None or new is None:
         return

@@ -20,6 +20,7 @@ MaskedRow = tuple[list[int], list[bool]]  # token ids, BOS first, and which of t
 HELDOUT = "heldout"  # the base model's own text that drift is measured on; stands for its shard in manifest and seeds
 PROXY_COLUMNS = {"token_ids": "[int32]"}  # that readers of proxy text use
 FORMATS = (".jsonl", ".csv", ".parquet")
+LONGEST = 2**31 - 1  # characters of a field of CSV
 DEEPEST = 12  # tables and lists within a row; the time that datasets takes doubles with each
 # what the libraries raise of a file that is damaged, beside their own errors
 ROW_ERRORS = (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError)
@@ -68,13 +69,15 @@ def _load(path: Path) -> Dataset:
 
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split="train")
-    with path.open(newline="") as file:
+    csv.field_size_limit(LONGEST)
+    with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
         rows = list(csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file)))
     if not all(isinstance(row, dict) and None not in row for row in rows):
         raise ValueError("a line is no table of columns, or has more than the first line names")
     if max(map(_depth, rows), default=0) > DEEPEST:
         raise ValueError(f"a value is nested more than {DEEPEST} deep")
-    return Dataset.from_list(rows)
+    columns = dict.fromkeys(column for row in rows for column in row)  # the first row may lack some
+    return Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
 
 
 def _depth(value: Any) -> int:

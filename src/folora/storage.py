@@ -54,8 +54,10 @@ def publish(path: Path) -> Iterator[Path]:
     What killed processes have left half written of the same output is removed first.
 
     Raises:
-        FoLoRAError: the disk is full or the folder cannot be written.
+        FoLoRAError: the disk is full, the folder cannot be written, or a file would take the place of a folder.
     """
+    if path.name in ("", ".."):
+        raise FoLoRAError(f"{path}: is a folder that is there for more: name one to make, or a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,6 +66,8 @@ def publish(path: Path) -> Iterator[Path]:
                 _remove(left)
         yield partial
         if path.is_dir():
+            if not partial.is_dir():
+                raise FoLoRAError(f"{path}: is a folder: name a file")
             shutil.rmtree(path)
         partial.replace(path)
     except Exception as error:
@@ -74,6 +78,13 @@ def publish(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(partial)
         raise
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text file that is no artefact; none where it cannot be read, and whatever a power cut left in it."""
+    with suppress(OSError):
+        return path.read_text(errors="replace").splitlines()
+    return []
 
 
 def abandoned(path: Path) -> bool:

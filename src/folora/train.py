@@ -121,6 +121,7 @@ class Training:
             lr_scheduler_type="linear",
             max_grad_norm=settings.max_grad_norm,
             logging_steps=settings.log_every,
+            logging_nan_inf_filter=False,  # or a loss that is not finite would be logged as the mean of the others
             logging_first_step=True,  # a run shorter than log_every has a history too
             save_strategy="no",  # StateSaver says when
             save_total_limit=STATES_KEPT,

@@ -1,6 +1,6 @@
 """Proxy text drawn by vLLM, which takes up a waiting sequence as soon as another one ends.
 
-As in ``proxy.sample`` a sequence starts from BOS, is drawn from the full distribution at the stated temperature, and
+As in ``sampling.sample`` a sequence starts from BOS, is drawn from the full distribution at the stated temperature, and
 ends with the tokenizer's EOS. The random numbers are vLLM's, so it is another text than transformers gives. vLLM draws
 those of a request from that request's own seed, so here too a sequence depends on (seed, shard, index) and on the model
 alone, but for the rounding of its logits, which changes with what else is at work. That holds for one version of vLLM

@@ -11,6 +11,7 @@ from folora.commands import RUNS
 from folora.commands.locks import busy
 from folora.dag import is_folder, output_patterns
 from folora.errors import FoLoRAError
+from folora.hold import at_work
 from folora.records import JOURNALS, journal_path
 from folora.scratch import SCRATCH
 from folora.storage import MANIFEST_FILE, abandoned, identity_of, read_json
@@ -62,6 +63,8 @@ def remove(leftovers: list[Leftover]) -> None:
     """
     if busy():
         raise FoLoRAError("dvc or snakemake is at work in this folder: wait until it ends, or stop it")
+    if holder := at_work():
+        raise FoLoRAError(f"{holder} is at work in this folder: wait until it ends, or stop it")
     try:
         for left in leftovers:
             if left.path.is_dir():

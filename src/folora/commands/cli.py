@@ -269,7 +269,9 @@ def forget(
     spectrum: Annotated[
         Path | None, typer.Option(help="Folder with moments; left out: those of the first task and source.")
     ] = None,
-    tasks: Annotated[Path, typer.Option(help="Folder with evaluation tasks.")] = Path("artifacts/world"),
+    tasks: Annotated[
+        Path | None, typer.Option(help="Folder with evaluation tasks; left out: evaluation.tasks.")
+    ] = None,
     as_json: AsJson = False,
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
@@ -284,7 +286,8 @@ def forget(
     torch.set_num_threads(params.threads.evaluate)
     task, source = next(iter(params.tasks)), next(iter(params.proxy.sources))
     moments = spectrum or Path(f"artifacts/spectrum/{task}/{source}")
-    found = measure_forgetting(params, adapter, open_base(foundation), Yardsticks(heldout, moments, tasks))
+    yardsticks = Yardsticks(heldout, moments, tasks or Path(params.evaluation.tasks))
+    found = measure_forgetting(params, adapter, open_base(foundation), yardsticks)
     if as_json:
         _print_json(found.as_json())
     else:
@@ -363,3 +366,5 @@ def _print_forgetting(found: Forgetting) -> None:
         print_table(["relative change of", "penalty", "utility"], shown)
     if found.unmeasured:
         print(f"not measured layer by layer: {', '.join(found.unmeasured)}")
+    if found.unasked:
+        print(f"not asked, no such task in the folder nor of the harness: {', '.join(found.unasked)}")

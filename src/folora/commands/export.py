@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from folora.selection import Record
 
 COMPARED = 16  # held-out rows on which a merged model is compared with base and adapter
+TAG = "folora"  # of every card
 CLOSE = 1e-3  # logits of a merge in float32 differ by less
 
 CARD = """---
@@ -85,8 +86,11 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
         The greatest difference between logits before and after merging; None without a merge.
 
     Raises:
-        FoLoRAError: the run is missing, not measured, changes whole weights and is not merged, or a merge went wrong.
+        FoLoRAError: the run is missing, not measured, changes whole weights and is not merged, a merge went wrong, or
+            something else than an earlier export is in the place of ``output``.
     """
+    if output.exists() and not _is_export(output):
+        raise FoLoRAError(f"{output}: is there already, and no export: name a folder to make")
     found = final_record(params, name, places.runs, places.evaluations)
     before = base_record(params.runs[name].task, places.evaluations)
     folder = places.runs / params.runs[name].method / name
@@ -110,6 +114,12 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
         card = model_card(manifest, model, before, found, load, difference)
         (made / "README.md").write_text(card)
     return difference
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder was written by ``export_run``."""
+    card = folder / "README.md"
+    return card.is_file() and f"- {TAG}\n" in card.read_text(errors="replace")
 
 
 def write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> float:
@@ -175,7 +185,7 @@ def model_card(
         base_model=model,
         library_name="peft" if difference is None else "transformers",
         pipeline_tag="text-generation",
-        tags=["folora", kind],
+        tags=[TAG, kind],
         model_name=name,
         eval_results=[
             EvalResult("text-generation", f"{task}-{row}", row, "accuracy", found[row]) for row in ("target", "kept")

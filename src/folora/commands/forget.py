@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from folora.deltas import DenseLayer
 from folora.errors import FoLoRAError
 from folora.evaluate import Evaluator, accuracies
+from folora.evaluation_tasks import is_known
 from folora.meter import change, output_energy
 from folora.spectrum import read_spectrum
 from folora.texts import figures
@@ -75,6 +76,7 @@ class Forgetting:
         kept: accuracy on each kept task, of the base model and with the adapter.
         layers: relative changes, in the order of the model.
         unmeasured: adapted modules that the spectrum does not cover or PEFT cannot merge.
+        unasked: kept tasks that are neither in the folder nor the harness's.
     """
 
     kl: float
@@ -83,6 +85,7 @@ class Forgetting:
     kept: dict[str, tuple[float, float]]
     layers: list[LayerChange]
     unmeasured: list[str]
+    unasked: list[str]
 
     def mean(self, figure: str) -> float:
         """Mean over the measured layers of ``penalty`` or ``utility``; 0 where none is."""
@@ -108,7 +111,8 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         require_file(adapter / name)
-    tasks = [name for name in params.evaluation.kept if (yardsticks.tasks / "evaluation" / f"{name}.yaml").exists()]
+    tasks = [name for name in params.evaluation.kept if is_known(name, yardsticks.tasks)]
+    unasked = [name for name in params.evaluation.kept if name not in tasks]
     evaluator = Evaluator(params, base, yardsticks.tasks, yardsticks.heldout, tasks)
     spectrum = read_spectrum(*params.spectrum.files(yardsticks.spectrum), **base.identity)
     base_perplexity = figures(evaluator.base_drift())["perplexity"]
@@ -118,7 +122,7 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     after = accuracies(evaluator.answers(tasks)) if tasks else {}
     layers, unmeasured = layer_changes(model, spectrum)
     kept = {name: (before[name], after[name]) for name in tasks}
-    return Forgetting(drift["kl"], base_perplexity, drift["perplexity"], kept, layers, unmeasured)
+    return Forgetting(drift["kl"], base_perplexity, drift["perplexity"], kept, layers, unmeasured, unasked)
 
 
 def require_file(path: Path) -> None:
@@ -169,11 +173,15 @@ def layer_changes(model: PeftModel, spectrum: Spectrum) -> tuple[list[LayerChang
 
 def _relative_change(name: str, module: Any, spectrum: LayerSpectrum) -> LayerChange:
     weight = module.get_base_layer().weight
-    original = weight.detach().clone()
-    module.merge()
-    merged = weight.detach().clone()
-    module.unmerge()
-    layer = DenseLayer(name, original, lambda: merged)
+    original, single = weight.data, weight.detach().float()
+    weight.data = single.clone()  # in bfloat16 most of a small change would be rounded away
+    try:
+        module.merge()
+        merged = weight.detach().clone()
+        module.unmerge()
+    finally:
+        weight.data = original
+    layer = DenseLayer(name, single, lambda: merged)
     penalty, utility = (
         float(change(layer, moment) / output_energy(layer, moment)) for moment in (spectrum.penalty, spectrum.utility)
     )

@@ -27,9 +27,12 @@ class EVA(Method):
     def initialise(self, groups: list[LayerGroup]) -> None:
         import torch
 
+        from folora.adapter import check_start
+
         for group in groups:
             leading = leading_directions(group.spectrum.utility)
             for layer in group.layers:
+                check_start(layer, len(leading))
                 with torch.no_grad():
                     layer.A.copy_(leading[: layer.A.shape[0]])
 

@@ -192,11 +192,14 @@ class FoLoRA(SpectralMethod):
         return normalise(penalty, share), normalise(spectrum.utility.double())
 
     def initialise(self, groups: list[LayerGroup]) -> None:
+        from folora.adapter import check_start
+
         if self.start == "gated":
             super().initialise(groups)
         for group in groups:
             for layer in group.layers:
                 if self.start == "spectral":
+                    check_start(layer, self.basis_for(group).shape[1])
                     spectral_start(layer.A, *self.noise(group))
                 layer.A.requires_grad_(not self.freeze_a)
 
@@ -250,12 +253,12 @@ def spectral_start(A: Tensor, basis: Tensor, gates: Tensor) -> None:
 
 
 def update_filter(penalty: Tensor, basis: Tensor, gates: Tensor) -> Tensor:
-    """F = C_p V diag(g) Vᵀ, (d, d): the filter whose right eigen-directions are the pencil's, I for g = 1.
+    """F = C_p V diag(g) Vᵀ, (d, d): its right eigen-directions are the pencil's; of all of them it is I for g = 1.
 
     Args:
         penalty: (d, d) C_p, ridged.
-        basis: (d, d) the pencil's directions, columns of any scale.
-        gates: (d,) of the columns.
+        basis: (d, q) the pencil's directions, columns of any scale.
+        gates: (q,) of the columns.
     """
     from folora.directions import energies
 

@@ -1,4 +1,4 @@
-"""What the methods share that gate Adam's update of A in coordinates of their own; B is trained by plain Adam."""
+"""What the methods share that gate Adam's update of A in coordinates of their own; B's is theirs to gate."""
 
 from __future__ import annotations
 

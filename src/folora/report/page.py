@@ -52,7 +52,7 @@ def page(params: Params, inputs: Inputs, studies: list[Study], charts: list[dict
         resamples=RESAMPLES,
         seeds=max(len(study.comparison.seeds) for study in studies),
         gated=gated_method(params)[0],
-        snippets=[snippet for study in studies for snippet in (_snippets(study, inputs.runs) if inputs.runs else [])],
+        snippets=[snippet for study in studies for snippet in _snippets(study, inputs)],
         digests=_digests(inputs),
         cost_begin=Markup(COST_BEGIN),
         cost_end=Markup(COST_END),
@@ -113,16 +113,19 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
     return content
 
 
-def _snippets(study: Study, runs: Path) -> list[dict[str, str]]:
+def _snippets(study: Study, inputs: Inputs) -> list[dict[str, str]]:
     """How to use the subject's result of the first seed, at its best rate: ``title`` and ``code`` of each way."""
+    if not inputs.runs:
+        return []
     name = study.subject
     run, _ = next(iter(study.comparison.arms[name].finals.values()))
-    adapter = runs / name / run / "adapter"
+    adapter = inputs.runs / name / run / "adapter"
     if not (adapter / PEFT_CONFIG).exists():  # only the foundation stage knows the base model's place
         return [
             {"title": f"{name} changed whole weights; how to load them:", "code": f"folora pick --task {study.name}"}
         ]
-    how = usage_of(run, adapter, read_adapter_config(adapter).base_model_name_or_path or "")
+    model = read_adapter_config(adapter).base_model_name_or_path or ""
+    how = usage_of(run, adapter, model, code=inputs.manifests[run]["loading"]["trust_remote_code"])
     load = {"title": f"The adapter of {name}, in Python:", "code": how.load}
     return [load, {"title": "Served by vLLM, on a machine that has it:", "code": how.serve}]
 
