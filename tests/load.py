@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from services import SQLITE, mlflow_server, postgres
 
 from folora.errors import FoLoRAError
-from folora.records import PEFT_WEIGHTS, Card, Reading, Record
+from folora.records import Card, Reading, RunRecord
+from folora.storage import PEFT_WEIGHTS
 from folora.tracking import DIGEST_TAG, send_all
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ def measure(folder: Path, database: str, clients: int, processes: int, runs: int
     )
 
 
-def record(name: str, adapter: Path) -> Record:
+def record(name: str, adapter: Path) -> RunRecord:
     """A run as ``folora publish`` sends it, of a name that is all its own."""
     params = {f"key.{number}": number for number in range(PARAMS)}
     card = Card(
@@ -159,7 +160,7 @@ def record(name: str, adapter: Path) -> Record:
         for metric in range(METRICS)
         for step in range(STEPS)
     ]
-    return Record(card, {"preset": "load"}, readings, STEPS - 1, adapter)
+    return RunRecord(card, {"preset": "load"}, readings, STEPS - 1, adapter)
 
 
 def _keep_barrier(barrier: Barrier) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from folora.comparison import compare, seed_curve
-from folora.selection import Record, best_rate, last_checkpoints
+from folora.selection import best_rate, last_checkpoints
+
+if TYPE_CHECKING:
+    from folora.storage import Record
 
 BASE = {"target": 0.0, "validation": 0.1, "kept": 1.0, "kl": 0.0, "perplexity": 2.0, "kept/add": 0.9, "kept/max": 1.0}
 

@@ -158,7 +158,17 @@ def test_the_command(pipeline: Pipeline, runs: Path, save_params: SaveParams) ->
     options = [str(part) for name, path in places.items() for part in (f"--{name}", path)]
     command = ["forget", str(runs / "lora" / LORA / "adapter"), *options]
     said = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
-    assert {"kl", "perplexity", "base_perplexity", "kept", "layers", "unmeasured", "unasked", "penalty", "utility"} == said.keys()
+    assert {
+        "kl",
+        "perplexity",
+        "base_perplexity",
+        "kept",
+        "layers",
+        "unmeasured",
+        "unasked",
+        "penalty",
+        "utility",
+    } == said.keys()
     text = CliRunner().invoke(app, command).stdout
     assert f"KL to the base {said['kl']:.4f} nats per token" in text
     assert Q in text

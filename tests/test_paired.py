@@ -18,7 +18,7 @@ from folora.significance import SEED, holm
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from folora.selection import Record
+    from folora.storage import Record
 
 ITEMS = {"sub": 40, "add": 30, "max": 50}
 TASKS = {"target": ["sub"], "kept": ["add", "max"]}

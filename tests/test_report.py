@@ -366,10 +366,10 @@ def test_training_curves_are_those_of_the_best_rates(full: Path, runs: Path) -> 
 
 
 def test_spectrum_is_read_without_torch_and_gated_as_in_training(full: Path, pipeline: Pipeline) -> None:
-    from folora.report.inputs import read_spectrum
+    from folora.report.inputs import read_figures
     from folora.spectrum import read_spectrum as read_with_torch
 
-    found, expected = read_spectrum(pipeline.spectrum), read_with_torch(pipeline.spectrum)
+    found, expected = read_figures(pipeline.spectrum), read_with_torch(pipeline.spectrum)
     assert found.eigenvalues.keys() == expected.inputs.keys()
     method: Any = pipeline.params.methods["folora-replay"]
     rows = read_csv(full / "spectrum.csv")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from folora.deltas import DenseLayer, Layer, LayerGroup, LoRALayer, grouped
 from folora.errors import FoLoRAError
 from folora.spread import MAX_MEMORY, materialise_adapter
-from folora.storage import read_tensors, write_json, write_tensors
+from folora.storage import PEFT_CONFIG, PEFT_WEIGHTS, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -190,7 +190,7 @@ class LoRAModel(AdaptedModel):
         else:
             self.model.save_pretrained(str(folder))
             (folder / "README.md").unlink(missing_ok=True)  # an empty template
-        config = folder / "adapter_config.json"
+        config = folder / PEFT_CONFIG
         content = json.loads(config.read_text())
         # PEFT keeps the names in a set, whose order changes with the hash seed
         content["target_modules"] = sorted(content["target_modules"])
@@ -211,7 +211,7 @@ def _save_factors(config: Any, layers: list[LoRALayer], folder: Path) -> None:
     config.init_lora_weights = config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
 
 
 class DenseModel(AdaptedModel):

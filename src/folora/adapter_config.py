@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from folora.storage import fields_of, read_json
+from folora.storage import PEFT_CONFIG, fields_of, read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-PEFT_CONFIG = "adapter_config.json"
 
 
 class AdapterConfig(BaseModel):

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from folora.frontier import Curve, hypervolume
-from folora.selection import Record, best_finals
+from folora.selection import best_finals
 from folora.significance import t_half_width
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from folora.storage import Record
 
     Array = NDArray[np.float64]
 

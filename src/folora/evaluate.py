@@ -11,7 +11,7 @@ Scores come from the lm-evaluation-harness; KL to the base and perplexity from t
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from tqdm import tqdm
@@ -26,6 +26,8 @@ from folora.scratch import kept, scratch
 from folora.selection import BASE, best_finals
 from folora.storage import (
     ANSWERS_FILE,
+    CHECKPOINTS,
+    HISTORY_FILE,
     METRICS_FILE,
     TOKENS_FILE,
     check_fields,
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
 
     from folora.base import Base
     from folora.params import Params, Task
+    from folora.storage import Record
 
-Record = dict[str, Any]
 KEY = ("run", "method", "adaptation", "learning_rate", "seed", "step")  # of a checkpoint, in every file
 
 
@@ -240,7 +242,7 @@ def _measure(evaluator: Evaluator, params: Params, name: str, folder: Path, resu
     """Measure every checkpoint of a run that an earlier try has not."""
     run = params.runs[name]
     task = params.tasks[run.task]
-    _, history = read_table(folder / "history.parquet", artefact="history", run=name)
+    _, history = read_table(folder / HISTORY_FILE, artefact="history", run=name)
     key = {"run": name, "method": run.method, "adaptation": run.task, "learning_rate": run.learning_rate}
     later = dict.fromkeys(map(best_key, params.evaluation.at_best))
     *earlier, last = checkpoints_of(folder)
@@ -272,7 +274,7 @@ def _ask_at_best(evaluator: Evaluator, tasks: list[str], runs: Path, results: Re
         for record in best_finals(own).values():
 
             def ask(record: Record = record) -> list[Record]:
-                evaluator.load(runs / record["run"] / "checkpoints" / str(record["step"]))
+                evaluator.load(runs / record["run"] / CHECKPOINTS / str(record["step"]))
                 return evaluator.answers(tasks)
 
             answered = kept(unfinished / f"{record['run']}-best.json", ask)
@@ -286,7 +288,7 @@ def checkpoints_of(run: Path) -> list[Path]:
     Raises:
         FoLoRAError: there are none.
     """
-    folder = run / "checkpoints"
+    folder = run / CHECKPOINTS
     found = sorted(folder.iterdir(), key=lambda path: int(path.name)) if folder.is_dir() else []
     if not found:
         raise FoLoRAError(f"{folder}: holds no checkpoint: delete the run and train it again")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-Record = dict[str, Any]
+    from folora.storage import Record
+
 
 CODE_METRIC = "code_eval"  # what the harness takes from a hub to run code
 PASS_AT_1 = {"pass_at_k", "pass_at_1"}  # the functions with which the harness's tasks call it

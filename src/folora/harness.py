@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from folora.params import Evaluation
+    from folora.storage import Record
 
-Record = dict[str, Any]
 
 # the first that a task has is its score; "pass@1" is what pass_at_k calls it
 METRICS = ("acc_norm", "exact_match", "acc", "f1", "prompt_level_strict_acc", "pass@1", "pass_at_1")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from folora.comparison import Checkpoint, Comparison
-    from folora.selection import Record
+    from folora.storage import Record
 
     Array = NDArray[np.float64]
     Answers = Mapping[Checkpoint, Mapping[str, Array]]

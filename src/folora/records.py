@@ -21,7 +21,11 @@ from folora.params import flatten
 from folora.presets import preset_of
 from folora.selection import BASE
 from folora.storage import (
+    ADAPTER,
+    CHECKPOINTS,
+    HISTORY_FILE,
     MANIFEST_FILE,
+    PEFT_WEIGHTS,
     Manifest,
     check_manifest,
     digest_of,
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     from folora.params import Params
 
 JOURNALS = Path(".folora/tracking")
-PEFT_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunRecord:
     """A finished run: its card, tags of its source, every reading, and its adapter where that is small.
 
     Attributes:
@@ -232,7 +235,7 @@ def read_journal(digest: str) -> tuple[dict[str, str], list[Reading]]:
     return tags, readings
 
 
-def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, str]) -> Record:
+def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, str]) -> RunRecord:
     """Everything known of a finished run.
 
     Args:
@@ -244,7 +247,7 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
         FoLoRAError: the folder is damaged or not a run's.
     """
     manifest = read_manifest(folder)
-    path = folder / "history.parquet"
+    path = folder / HISTORY_FILE
     history, about = read_table(path, {"step": "int64"}, artefact="history", run=manifest["run"])
     gates = fields_of(path, HistoryManifest, about).gates
     card = card_of(manifest)
@@ -253,16 +256,16 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
     now = int(time.time() * 1000)
     merged = {(key, step): Reading(key, value, step, now) for key, value, step in rows}
     merged |= {(reading.key, reading.step): reading for reading in journal}
-    return Record(
+    return RunRecord(
         card=card,
         source=tags or source,
         readings=list(merged.values()),
-        final_step=max(int(checkpoint.name) for checkpoint in require(folder / "checkpoints").iterdir()),
+        final_step=max(int(checkpoint.name) for checkpoint in require(folder / CHECKPOINTS).iterdir()),
         adapter=peft_adapter(folder),
     )
 
 
-def base_records(metrics: Path, source: dict[str, str]) -> list[Record]:
+def base_records(metrics: Path, source: dict[str, str]) -> list[RunRecord]:
     """The base model as a run of its own on every adaptation, for the others to be compared with.
 
     Args:
@@ -280,13 +283,13 @@ def base_records(metrics: Path, source: dict[str, str]) -> list[Record]:
         tags = {"method": BASE, "kind": BASE, "task": task, "run": BASE}
         card = Card(BASE, f"{BASE} · {task}", digest_of([digest, task]), tags, {}, [])
         readings = [Reading(key, value, step, now) for key, value, step in evaluation_readings([row])]
-        records.append(Record(card, source, readings, 0, None))
+        records.append(RunRecord(card, source, readings, 0, None))
     return records
 
 
 def peft_adapter(run: Path) -> Path | None:
     """The adapter in a run's folder; None of a method that exports whole weights, which no tracking server needs."""
-    folder = run / "adapter"
+    folder = run / ADAPTER
     return folder if (folder / PEFT_WEIGHTS).exists() else None
 
 

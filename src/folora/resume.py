@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from folora.errors import FoLoRAError
 from folora.processes import from_first, meet, rank
 from folora.scratch import save_seconds
-from folora.storage import digest_of_file, publish, read_json, read_tensors, write_json, write_tensors
+from folora.storage import CHECKPOINTS, digest_of_file, publish, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 STATES_KEPT = 2  # the last, and the one before it in case the last is damaged
 PARAMETERS_FILE = "parameters.safetensors"
 SEAL_FILE = "seal.json"
-CHECKPOINTS = "checkpoints"  # the adapters that a run keeps
 
 
 class ResumableTrainer(Trainer):

@@ -6,9 +6,11 @@ Averaged over seeds; a tie goes to the smaller rate.
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
-Record = dict[str, Any]  # of a checkpoint: a row of the metrics
+if TYPE_CHECKING:
+    from folora.storage import Record
+
 BASE = "base"  # the base model, where methods are named
 
 

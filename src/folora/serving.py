@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from folora.adapter_config import PEFT_CONFIG, read_adapter_config
-from folora.storage import require
+from folora.adapter_config import read_adapter_config
+from folora.storage import PEFT_CONFIG, require
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Manifest = dict[str, Any]
+Record = dict[str, Any]  # a row of a table
 M = TypeVar("M", bound="BaseModel")
 
 FORMAT = 1
@@ -42,6 +43,9 @@ MADE_WITH = "made_with"
 LIBRARIES = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers")  # what artefacts are computed with
 CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them
 PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # half written, with the id of the process
+# what the folder of a run holds, and that of an adapter as PEFT writes it
+ADAPTER, CHECKPOINTS, HISTORY_FILE = "adapter", "checkpoints", "history.parquet"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 METRICS_FILE, ANSWERS_FILE, TOKENS_FILE = "metrics.parquet", "answers.parquet", "tokens.parquet"  # results
 WORD = 8  # bytes of the number that a safetensors file begins with; the header after it fills such words
 METADATA_KEY = "folora"  # one key only: safetensors writes several in an order that changes from run to run

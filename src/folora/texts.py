@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from folora.divergence import HeldOutText, TokenDivergence
 from folora.rows import HELDOUT, PROXY_COLUMNS, encode, read_rows, render
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from folora.base import Base
     from folora.divergence import BaseLogits
     from folora.params import Params, Text
+    from folora.storage import Record
 
-Record = dict[str, Any]
 Readings = dict[str, TokenDivergence]  # by name of the text; ``HELDOUT`` is the base model's own
 
 

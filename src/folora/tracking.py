@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
     from folora.params import Tracking
-    from folora.records import Card, Record
+    from folora.records import Card, RunRecord
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class Store:
         else:
             self._client.set_terminated(run.info.run_id, status, ended)
 
-    def send(self, record: Record) -> None:
+    def send(self, record: RunRecord) -> None:
         """Bring the store up to a finished run: what is there stays, what is missing is added."""
         times = [reading.time for reading in record.readings]
         run = self.start(record.card, record.source, min(times))
@@ -173,7 +173,7 @@ def address(settings: Tracking) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI", settings.uri)
 
 
-def send_all(uri: str, experiment: str, records: Iterable[Record]) -> None:
+def send_all(uri: str, experiment: str, records: Iterable[RunRecord]) -> None:
     """Send finished runs to a store; sent twice they are there once.
 
     Raises:
@@ -222,7 +222,7 @@ class Sender:
             self._thread.start()
         self._actions.put(action)
 
-    def send(self, record: Record) -> None:
+    def send(self, record: RunRecord) -> None:
         """Queue a finished run."""
         self.do(lambda store: store.send(record))
 

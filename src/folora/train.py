@@ -26,13 +26,16 @@ from folora.optimizer import check_first_step
 from folora.params import run_params
 from folora.recorder import Recorder
 from folora.records import card_of, peft_adapter, source_tags
-from folora.resume import CHECKPOINTS, STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
+from folora.resume import STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
 from folora.rows import HELDOUT, PROXY_COLUMNS, masked_rows
 from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
 from folora.scratch import scratch
 from folora.spectrum import read_spectrum
 from folora.storage import (
+    ADAPTER,
+    CHECKPOINTS,
     FORMAT,
+    HISTORY_FILE,
     MANIFEST_FILE,
     digest_of_file,
     made_with,
@@ -193,14 +196,14 @@ def train_run(
             checkpoints = unfinished / CHECKPOINTS
             recorder = training.recorder(checkpoints, log)
             training.fit(recorder, *processes.from_first((unfinished, state)))
-            adapted.save(folder / "adapter")
+            adapted.save(folder / ADAPTER)
             size = sum(parameter.numel() for parameter in adapted.trained)
             about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size, **rounding}
-            write_table(folder / "history.parquet", recorder.table(), about)
+            write_table(folder / HISTORY_FILE, recorder.table(), about)
             write_json(folder / COVERAGE_FILE, [vars(one) for one in training.covered])
             write_json(folder / MANIFEST_FILE, manifest | made_with())
             if peft_adapter(folder):
-                log.adapter(folder / "adapter", training.rows.steps)
+                log.adapter(folder / ADAPTER, training.rows.steps)
             # last: until then a full disk loses nothing
             shutil.move(checkpoints, folder / CHECKPOINTS)
     return recorder.step_seconds

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from folora.adapter_config import PEFT_CONFIG
 from folora.base import open_base, with_own_layers
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
@@ -14,14 +13,14 @@ from folora.hub import from_hub
 from folora.params import flatten
 from folora.records import read_manifest
 from folora.serving import TRANSFORMERS, from_pretrained, usage_of
-from folora.storage import publish, read_table
+from folora.storage import ADAPTER, PEFT_CONFIG, publish, read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.base import Base
     from folora.params import Params
-    from folora.selection import Record
+    from folora.storage import Record
 
 COMPARED = 16  # held-out rows on which a merged model is compared with base and adapter
 TAG = "folora"  # of every card
@@ -96,7 +95,7 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
     folder = places.runs / params.runs[name].method / name
     base = open_base(places.foundation)
     manifest = read_manifest(folder, run=name, **base.identity)
-    adapter = folder / "adapter"
+    adapter = folder / ADAPTER
     if not merge and not (adapter / PEFT_CONFIG).exists():
         raise FoLoRAError(f"{name}: changed whole weights, which no adapter holds: --merge writes the model")
     with publish(output) as made:

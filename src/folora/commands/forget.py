@@ -20,6 +20,7 @@ from folora.evaluate import Evaluator, accuracies
 from folora.evaluation_tasks import is_known
 from folora.meter import change, output_energy
 from folora.spectrum import read_spectrum
+from folora.storage import PEFT_CONFIG, PEFT_WEIGHTS
 from folora.texts import figures
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def measure_forgetting(params: Params, adapter: Path, base: Base, yardsticks: Ya
     Raises:
         FoLoRAError: the adapter does not fit the base model, or a yardstick is damaged or of another model.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         require_file(adapter / name)
     tasks = [name for name in params.evaluation.kept if is_known(name, yardsticks.tasks)]
     unasked = [name for name in params.evaluation.kept if name not in tasks]
@@ -143,7 +144,7 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     # of re: target_modules may be a pattern
     mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, re.error)
     try:
-        Modules.model_validate_json((adapter / "adapter_config.json").read_bytes())
+        Modules.model_validate_json((adapter / PEFT_CONFIG).read_bytes())
         adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
     except (SafetensorError, *mistakes) as error:
         raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {str(error)[:200]}") from error

@@ -10,7 +10,7 @@ from folora.base import FoundationManifest
 from folora.commands.results import base_record, final_record
 from folora.errors import FoLoRAError
 from folora.serving import Usage, usage_of
-from folora.storage import MANIFEST_FILE, fields_of, read_json
+from folora.storage import ADAPTER, MANIFEST_FILE, fields_of, read_json
 
 if TYPE_CHECKING:
     from folora.params import Params
@@ -69,7 +69,7 @@ def pick_run(params: Params, task: str, keep: float, runs: Path, evaluations: Pa
         found = final_record(params, name, runs, evaluations)
         figures = {key: found[key] for key in ("validation", "target", "kept", "kl")}
         share = found["kept"] / base if base else 1.0
-        adapter = runs / run.method / name / "adapter"
+        adapter = runs / run.method / name / ADAPTER
         choices.append(Choice(name, task, kept_share=share, adapter=str(adapter), **figures))
     if not choices:
         raise FoLoRAError(f"runs: none is on the task {task}; there are {', '.join(params.tasks)}")

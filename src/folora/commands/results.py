@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.params import Params
-    from folora.selection import Record
+    from folora.storage import Record
 
 
 def base_record(task: str, evaluations: Path) -> Record:

@@ -31,6 +31,7 @@ class DoRA(Method):
         return {"use_dora": True}
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        from folora.adapter import NAME
         from folora.deltas import DenseLayer, grouped
 
         adapted = super().adapt(model, context)
@@ -43,7 +44,7 @@ class DoRA(Method):
             def current() -> Tensor:
                 layer = lora[name]
                 moved = layer.weight + layer.scaling * layer.B @ layer.A
-                magnitude = module.lora_magnitude_vector["default"].weight
+                magnitude = module.lora_magnitude_vector[NAME].weight
                 return (magnitude / moved.norm(dim=1))[:, None] * moved
 
             return current

@@ -31,7 +31,7 @@ class OSF(Method):
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
         from peft import OSFConfig, get_peft_model
 
-        from folora.adapter import DenseModel, check_rank, weights_of
+        from folora.adapter import NAME, DenseModel, check_rank, weights_of
         from folora.deltas import DenseLayer, grouped
 
         check_rank(model, context, spare=1)  # PEFT freezes one triplet at least
@@ -45,6 +45,6 @@ class OSF(Method):
         def layer(name: str) -> DenseLayer:
             module = wrapped[name]
             weight = module.get_base_layer().weight
-            return DenseLayer(name, weight, lambda: weight + module.get_delta_weight("default"))
+            return DenseLayer(name, weight, lambda: weight + module.get_delta_weight(NAME))
 
         return DenseModel(adapted, grouped(context.spectrum, layer))

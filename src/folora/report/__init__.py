@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.params import Params
-    from folora.selection import Record
+    from folora.storage import Record
 
 PICTURES = {"frontier", "kept", "training"}  # figures that are PNG files too
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.report.study import Study
-    from folora.selection import Record
+    from folora.storage import Record
 
 
 def side_by_side(study: Study, evaluations: Path, target: str) -> list[Record]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from folora.comparison import Checkpoint, Comparison
     from folora.report.inputs import Inputs, Tokens
-    from folora.selection import Record
+    from folora.storage import Record
 
     Array = NDArray[np.float64]
     Sample = Callable[[np.random.Generator], Array]  # of one checkpoint, (RESAMPLES,)

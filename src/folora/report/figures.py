@@ -10,7 +10,7 @@ from folora.paired import SIGNIFICANT
 
 if TYPE_CHECKING:
     from folora.report.study import Study
-    from folora.selection import Record
+    from folora.storage import Record
 
 INK = "currentColor"  # of the page around it, dark or light; black in a picture
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2", "#9d755d", "#2ca6a4", "#d6a700", "#7f7f7f", "#ff7fb3")

@@ -14,6 +14,7 @@ from folora.records import read_manifest
 from folora.selection import BASE
 from folora.storage import (
     ANSWERS_FILE,
+    HISTORY_FILE,
     METRICS_FILE,
     TOKENS_FILE,
     digest_of_file,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from folora.health import HealthRecord
     from folora.paired import Answers
     from folora.params import Params
-    from folora.selection import Record
+    from folora.storage import Record
 
 
 NAMES = {"run": "string", "step": "int64"}  # of a checkpoint
@@ -46,7 +47,7 @@ TOKENS_COLUMNS = NAMES | {"text": "string", "kl": "[double]", "loss": "[double]"
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class SpectrumFigures:
     """A spectrum, or a part of one: its manifest, and health and λ (d,) of every layer input, ascending."""
 
     manifest: Record
@@ -85,7 +86,7 @@ class Inputs:
     answers: dict[str, Answers]
     manifests: dict[str, Record]
     histories: dict[str, list[Record]]
-    spectra: dict[str, Spectrum]
+    spectra: dict[str, SpectrumFigures]
 
 
 def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: Path | None) -> Inputs:
@@ -114,7 +115,7 @@ def read_inputs(params: Params, evaluations: Path, runs: Path | None, spectra: P
         answers=_all_scores(evaluations, [BASE, *params.methods], params.evaluation.at_best),
         manifests={name: read_manifest(folder, run=name) for name, folder in folders.items()},
         histories={name: _history(folder, name) for name, folder in folders.items()},
-        spectra={name: read_spectrum(*params.spectrum.files(folder)) for name, folder in folders_of_spectra.items()},
+        spectra={name: read_figures(*params.spectrum.files(folder)) for name, folder in folders_of_spectra.items()},
     )
 
 
@@ -141,7 +142,7 @@ def read_tokens(folder: Path, checkpoint: Checkpoint) -> dict[str, Tokens]:
     return found
 
 
-def read_spectrum(*paths: Path) -> Spectrum:
+def read_figures(*paths: Path) -> SpectrumFigures:
     """Read the eigenvalues and the manifest of a spectrum from all of its parts, and none of its matrices.
 
     Health beyond its limits is no error here: the page is to show it.
@@ -154,10 +155,10 @@ def read_spectrum(*paths: Path) -> Spectrum:
         {name: value for part in parts for name, value in getattr(part, field).items()}
         for field in ("health", "eigenvalues")
     )
-    return Spectrum(parts[0].manifest, health, eigenvalues)  # what is read of a manifest they have alike
+    return SpectrumFigures(parts[0].manifest, health, eigenvalues)  # what is read of a manifest they have alike
 
 
-def _read_part(path: Path) -> Spectrum:
+def _read_part(path: Path) -> SpectrumFigures:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -173,7 +174,7 @@ def _read_part(path: Path) -> Spectrum:
             limit = health[name].width
             raise FoLoRAError(f"{path}: {name}: has not up to {limit} finite eigenvalues: run its stage again")
         eigenvalues[name] = np.concatenate([np.zeros(left_out), values])
-    return Spectrum(manifest, health, eigenvalues)
+    return SpectrumFigures(manifest, health, eigenvalues)
 
 
 def _metrics(folder: Path) -> list[Record]:
@@ -219,5 +220,5 @@ def _all_scores(evaluations: Path, folders: list[str], at_best: list[str]) -> di
 
 
 def _history(folder: Path, name: str) -> list[Record]:
-    table, _ = read_table(folder / "history.parquet", artefact="history", run=name)
+    table, _ = read_table(folder / HISTORY_FILE, artefact="history", run=name)
     return table.to_pylist()

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from folora.adapter_config import PEFT_CONFIG, read_adapter_config
+from folora.adapter_config import read_adapter_config
 from folora.errors import FoLoRAError
 from folora.report import text
 from folora.report.answers import side_by_side
@@ -17,7 +17,7 @@ from folora.report.verdict import verdict
 from folora.selection import BASE
 from folora.serving import usage_of
 from folora.significance import RESAMPLES
-from folora.storage import digest_of, require
+from folora.storage import ADAPTER, PEFT_CONFIG, digest_of, require
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -119,7 +119,7 @@ def _snippets(study: Study, inputs: Inputs) -> list[dict[str, str]]:
         return []
     name = study.subject
     run, _ = next(iter(study.comparison.arms[name].finals.values()))
-    adapter = inputs.runs / name / run / "adapter"
+    adapter = inputs.runs / name / run / ADAPTER
     if not (adapter / PEFT_CONFIG).exists():  # only the foundation stage knows the base model's place
         return [
             {"title": f"{name} changed whole weights; how to load them:", "code": f"folora pick --task {study.name}"}

@@ -11,8 +11,8 @@ from folora.methods.folora import FoLoRA
 
 if TYPE_CHECKING:
     from folora.params import Params
-    from folora.report.inputs import Spectrum
-    from folora.selection import Record
+    from folora.report.inputs import SpectrumFigures
+    from folora.storage import Record
 
 POINTS = 60  # of each curve
 LEAST = 1e-3  # a smaller λ is drawn there: a logarithmic axis has no zero
@@ -48,7 +48,7 @@ def gated_method(params: Params) -> tuple[str, FoLoRA] | tuple[None, None]:
     return None, None
 
 
-def spectrum_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
+def spectrum_rows(spectrum: SpectrumFigures, method: FoLoRA | None) -> list[Record]:
     """λ of every layer input at ``POINTS`` ranks, the greatest first, and its gate under a method if there is one."""
     rows = []
     for name, ascending in spectrum.eigenvalues.items():
@@ -62,7 +62,7 @@ def spectrum_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
     return rows
 
 
-def health_rows(spectrum: Spectrum, method: FoLoRA | None) -> list[Record]:
+def health_rows(spectrum: SpectrumFigures, method: FoLoRA | None) -> list[Record]:
     """One row a layer input: its pencil's health record, the greatest λ, and what the gates leave open."""
     rows = []
     for name, ascending in spectrum.eigenvalues.items():
@@ -86,7 +86,7 @@ def _cell(value: Any, style: str) -> str:
     return "–" if value is None else format(value, style)
 
 
-def health_alarms(spectrum: Spectrum) -> list[str]:
+def health_alarms(spectrum: SpectrumFigures) -> list[str]:
     """One line for whatever makes the λ of this spectrum, or gates made of them, less than certain."""
     about = spectrum.manifest
     warnings = (
@@ -97,7 +97,7 @@ def health_alarms(spectrum: Spectrum) -> list[str]:
     return [*breaches(spectrum.health), *filter(None, warnings)]
 
 
-def health_note(spectrum: Spectrum) -> str:
+def health_note(spectrum: SpectrumFigures) -> str:
     """One line: how much text the moments are of, and the worst of all pencils."""
     health = spectrum.health.values()
     residual, orthonormality, condition, top_share = (

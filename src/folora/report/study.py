@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from folora.paired import Pair
     from folora.params import Params
     from folora.report.inputs import Inputs
-    from folora.selection import Record
+    from folora.storage import Record
 
 SUBJECT_KIND = "folora"
 FEW = 4

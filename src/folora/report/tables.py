@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from folora.params import Params
     from folora.report.inputs import Inputs
     from folora.report.study import Study
-    from folora.selection import Record
+    from folora.storage import Record
 
 COSTS = ("trainable", "export", "rank", "bytes")
 METRICS = ("target", "kept", "kl", "perplexity")

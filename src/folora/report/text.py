@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from folora.comparison import Match
     from folora.params import Params
     from folora.report.study import Study
-    from folora.selection import Record
+    from folora.storage import Record
 
 Columns = dict[str, tuple[str, int]]  # title to key of ``arm_row`` and digits
 
