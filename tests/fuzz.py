@@ -377,6 +377,11 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
             inputs.read_answers(place / method, "subtraction", ("base", 0))
             inputs.read_tokens(place / method, ("base", 0))
 
+    def read_moments(place: Path) -> None:
+        moments = StoredMoments([(place, {})])
+        for name in moments.groups:
+            moments.read(name)
+
     def read_adapter(place: Path) -> None:
         layer_changes(put_on(copy.deepcopy(model), place), spectrum)
 
@@ -411,9 +416,9 @@ def readers(made: Pipeline, folder: Path) -> dict[str, Reader]:
         "params": one("params.yaml", tiny_yaml, load_params, 0.5),
         "json": one("x.json", json.dumps(manifest).encode(), manifest_read, 6),
         "tensors": one("x.safetensors", small, partial(read_tensors, artefact="x"), 4),
-        "moments": one("x.safetensors", small_moments, lambda path: StoredMoments([(path, {})]), 2),
+        "moments": one("x.safetensors", small_moments, read_moments, 2),
         "spectrum": one("x.safetensors", small_spectrum, read_spectrum, 2),
-        "report spectrum": one("x.safetensors", small_spectrum, inputs.read_spectrum, 2),
+        "report spectrum": one("x.safetensors", small_spectrum, inputs.read_figures, 2),
         "table": one("x.parquet", made.proxy / "0.parquet", partial(read_table, artefact="proxy"), 2),
         "task rows": one("x.parquet", made.task, task_row, 0.3),
         "report": several(folder / "report", read_report, 0.5, "*.parquet"),

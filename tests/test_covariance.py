@@ -259,6 +259,12 @@ def test_no_token_that_counts_is_an_error(pipeline: Pipeline, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["rows"]
 
 
+def read_all(path: Path) -> None:
+    moments = StoredMoments([(path, {})])
+    for name in moments.groups:
+        moments.read(name)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 SICK: dict[str, tuple[Callable[[dict, dict], object], str]] = {
     "asymmetric": (lambda t, _: t[Q].view(32, 32)[3].mul_(2), "its sum is not symmetric"),
@@ -285,6 +291,6 @@ def test_sick_moments_are_refused_and_the_layer_named(sickness: str, pipeline: P
     act(tensors, manifest)
     write_tensors(tmp_path / "x", tensors, manifest)
     with pytest.raises(FoLoRAError, match=r"x: ") as refused:
-        StoredMoments([(tmp_path / "x", {})])
+        read_all(tmp_path / "x")
     assert expected in str(refused.value)
     assert sickness in ("tokens", "many tokens", "no tokens", "text", "groups", "widths") or Q in str(refused.value)

@@ -121,45 +121,45 @@ class StoredMoments:
     """
 
     def __init__(self, shards: list[tuple[Path, dict[str, Any]]], **expected: Any) -> None:
-        """Look through all of the files.
+        """Look at what the files say of themselves.
 
         Args:
             shards: each file, with the manifest fields that only it must have.
             expected: manifest fields that all must have.
 
         Raises:
-            FoLoRAError: a shard is damaged, holds what cannot be a sum of x xᵀ, is of another model or parameter set,
-                or has other layers than the first.
+            FoLoRAError: a shard is cut off, of another model or parameter set, or has other layers than the first.
         """
-        self._shards: list[tuple[TensorFiles, int]] = []
+        self._shards: list[tuple[Path, TensorFiles, int]] = []
         for path, own in shards:
             files = TensorFiles(path, artefact="covariance", **expected, **own)
             about = fields_of(path, CovarianceManifest, files.manifests[0])
             absent = [key for name in about.groups for key in (name, f"{FOURTH}{name}") if key not in files]
             if absent:
                 raise FoLoRAError(f"{path}: lacks {absent[0]}: delete it and run its stage again")
-            for name, width in about.widths.items():
-                total, fourth = files[name], files[f"{FOURTH}{name}"]
-                check_finite(path, name, total)
-                check_finite(path, f"{FOURTH}{name}", fourth)
-                if found := defect(total, width, fourth, about.tokens):
-                    raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
             expected |= {"positions": about.positions, "groups": about.groups, "widths": about.widths}
-            self._shards.append((files, about.tokens))
+            self._shards.append((path, files, about.tokens))
         assert self._shards, "params.py asks for at least one shard"
         self.groups: Groups = expected["groups"]
         self._widths: dict[str, int] = expected["widths"]
-        self.tokens = sum(tokens for _, tokens in self._shards)
-        self.manifests = [files.manifests[0] for files, _ in self._shards]
+        self.tokens = sum(tokens for *_, tokens in self._shards)
+        self.manifests = [files.manifests[0] for _, files, _ in self._shards]
 
     def read(self, name: str, shards: int | None = None) -> Moments:
-        """Moments of one layer input, added up over the shards in their order, or over the first so many of them."""
-        name_of_fourth = f"{FOURTH}{name}"
-        each = (
-            Moments({name: self._widths[name]}, {name: files[name]}, {name: files[name_of_fourth]}, tokens)
-            for files, tokens in self._shards[:shards]
-        )
-        return reduce(Moments.plus, each)
+        """Moments of one layer input, added up over the shards in their order, or over the first so many of them.
+
+        Raises:
+            FoLoRAError: a shard is damaged, or holds what cannot be a sum of x xᵀ.
+        """
+        return reduce(Moments.plus, (self._of_shard(name, *shard) for shard in self._shards[:shards]))
+
+    def _of_shard(self, name: str, path: Path, files: TensorFiles, tokens: int) -> Moments:
+        width, total, fourth = self._widths[name], files[name], files[f"{FOURTH}{name}"]
+        check_finite(path, name, total)
+        check_finite(path, f"{FOURTH}{name}", fourth)
+        if found := defect(total, width, fourth, tokens):
+            raise FoLoRAError(f"{path}: {name}: {found}: delete it and run its stage again")
+        return Moments({name: width}, {name: total}, {name: fourth}, tokens)
 
 
 def defect(half: Tensor, width: int, fourth: Tensor, tokens: int) -> str | None:

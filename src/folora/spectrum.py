@@ -27,7 +27,7 @@ from folora.health import (
 from folora.pencil import LayerSpectrum, Spectrum, input_spectrum
 from folora.scratch import scratch
 from folora.stability import stability
-from folora.storage import TensorFiles, digest_of_file, fields_of, read_tensors, write_tensors
+from folora.storage import TensorFiles, fields_of, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,7 +82,9 @@ def compute_spectrum(
         "part": part,
         "groups": groups,
     }
-    with scratch(**about, moments=[digest_of_file(path) for path in (*paths, task_path)]) as unfinished:
+    # their time stands for their content, which every part would have to read whole
+    moments = [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in (*paths, task_path))]
+    with scratch(**about, moments=moments) as unfinished:
         solved = [unfinished / f"{number}.safetensors" for number in range(len(groups))]
         for path, name in zip(solved, tqdm(groups, "spectrum", unit="input", disable=None), strict=True):
             try:
