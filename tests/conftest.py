@@ -29,6 +29,12 @@ Refused = Callable[..., str]
 SaveParams = Callable[[dict[str, Any]], Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: of several workers none is then left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep tests away from a tracking server, the network and the user's caches; one thread, for equal bytes."""

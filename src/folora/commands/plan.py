@@ -17,7 +17,7 @@ import psutil
 
 from folora.coverage import Covered, coverage
 from folora.errors import FoLoRAError
-from folora.moments import memory_of, split_passes
+from folora.moments import DOUBLE, SINGLE, memory_of, split_passes
 from folora.params import OfflineFoundation, PretrainedFoundation
 from folora.pencil import krylov_columns
 from folora.triangle import half_size
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 OVERHEAD = 3.0  # assumed, not measured: what small products and all between them cost beyond the large ones
 EIGENPROBLEM = 13  # operations per d³: Cholesky, three triangular solves, eigh
-SINGLE, DOUBLE = 4, 8  # bytes of a number
 LIBRARIES = 6e8  # bytes of a process that has loaded them and no model
 
 
