@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -80,6 +81,12 @@ def test_runs_end_inside_their_budgets(seed: int, pipeline: Pipeline, tmp_path: 
         assert budget is None or max(row["kl"] for row in history) <= budget
     assert all(max(found) <= budget * (1 + 1e-4) for budget, found in kls.items() if budget is not None)
     assert kls[None][-1] > 4e-4  # without a budget it leaves all of them
+
+
+def test_a_model_that_diverged_is_not_drawn_back() -> None:
+    adapted: Any = None  # not touched
+    with pytest.raises(FoLoRAError, match="the training diverged, its KL is nan: lower the run's learning_rate"):
+        keep_inside(adapted, lambda: math.nan, 0.1)
 
 
 @pytest.mark.usefixtures("in_tmp")

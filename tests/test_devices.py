@@ -6,11 +6,12 @@ from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
 from folora import devices
-from folora.devices import VISIBLE, take_devices
+from folora.devices import VISIBLE, main_memory, take_devices
 from folora.errors import FoLoRAError
 from folora.hold import hold
 from folora.loading import Loading
@@ -22,6 +23,25 @@ if TYPE_CHECKING:
     from conftest import Refused, SaveParams
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+@pytest.mark.parametrize(("controller", "file"), [("", "memory.max"), ("memory", "memory.limit_in_bytes")])
+def test_memory_is_what_a_container_gives(
+    controller: str, file: str, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the groups around a process the one with the least counts; in a container they are not at the paths told."""
+    monkeypatch.setattr(devices, "OWN_GROUPS", in_tmp / "cgroup")
+    monkeypatch.setattr(devices, "LIMITS", {controller: (in_tmp, file)})
+    whole = psutil.virtual_memory().total
+    assert main_memory() == whole
+    (in_tmp / "cgroup").write_text(f"5:cpu:/x\n0:{controller}:/pod/job\n")
+    (in_tmp / "pod" / "job").mkdir(parents=True)
+    (in_tmp / "pod" / "job" / file).write_text("max\n")
+    assert main_memory() == whole
+    (in_tmp / "pod" / file).write_text("4000\n")
+    assert main_memory() == 4000
+    (in_tmp / file).write_text("3000\n")
+    assert main_memory() == 3000
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from peft import LoraConfig, LoraModel
 from typer.testing import CliRunner
 
 from folora.cli import app
-from folora.commands.forget import Forgetting, Yardsticks, _relative_change, measure_forgetting
+from folora.commands.forget import Forgetting, Yardsticks, _changed_layer, _relative_change, measure_forgetting
 from folora.errors import FoLoRAError
 from folora.spectrum import read_spectrum
 from folora.storage import read_table
@@ -115,7 +115,9 @@ def test_a_small_change_of_a_bfloat16_base_is_not_rounded_away() -> None:
     for dtype in (torch.bfloat16, torch.float32):  # which holds the rounded weights too
         base.to(dtype)
         weight = base.weight.clone()
-        changes.append(_relative_change("0", layer, spectrum))
+        changed = _changed_layer("0", layer)
+        assert changed is not None
+        changes.append(_relative_change(changed, spectrum))
         assert torch.equal(base.weight, weight)
         assert base.weight.dtype == dtype
     assert changes[0].penalty == pytest.approx(changes[1].penalty, rel=1e-5)

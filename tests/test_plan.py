@@ -59,6 +59,7 @@ def test_time_follows_the_operations_and_the_speed(pipeline: Pipeline) -> None:
         assert one.seconds == pytest.approx(other.seconds * (1 if one.stage == "spectrum" else 4))
 
 
+PRESETS = ROOT / "workflow" / "presets"
 HUB_MODELS = {
     "llama-3-8b": LlamaConfig(
         vocab_size=128_256,
@@ -168,10 +169,9 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
     assert {run.task for run in params.runs.values()} == rows.keys()
 
 
-@pytest.mark.parametrize("name", [*HUB_MODELS, "smollm2-quick", "smollm2-gsm8k", "default", "tiny"])
+@pytest.mark.parametrize("name", ["default", *(path.stem for path in sorted(PRESETS.iterdir()))])
 def test_a_preset_gives_its_jobs_the_memory_that_they_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    preset = ROOT / "workflow" / "presets" / f"{name}.yaml"
-    params = load_params(ROOT / "params.yaml" if name == "default" else preset)
+    params = load_params(ROOT / "params.yaml" if name == "default" else PRESETS / f"{name}.yaml")
     if isinstance(params.foundation, PretrainedFoundation):
         config = HUB_MODELS.get(name, HUB_MODELS["smollm2-135m"])
         monkeypatch.setattr("folora.commands.plan._config", lambda *_: config)

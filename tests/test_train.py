@@ -227,6 +227,11 @@ def test_a_training_that_diverges_stops(pipeline: Pipeline, tmp_path: Path, monk
     assert not (tmp_path / "run").exists()
 
 
+def test_the_last_step_is_in_the_history(pipeline: Pipeline, tmp_path: Path) -> None:
+    run = train(pipeline, LORA, tmp_path / "run", train=pipeline.values()["train"] | {"steps": 5})
+    assert read_table(run / "history.parquet")[0]["step"].to_pylist() == [1, 3, 5]
+
+
 def test_history_holds_the_meter(runs: Path) -> None:
     for run in (runs / "lora" / LORA, runs / "folora-replay" / REPLAY):
         table, _ = read_table(run / "history.parquet", artefact="history", run=run.name)

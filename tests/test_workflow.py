@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +17,7 @@ from ruamel.yaml import YAML
 from workspace import change, make_workspace
 
 from folora.dag import Stage, _overlaps, below, resolve_stages
+from folora.devices import main_memory
 from folora.params import load_params
 from folora.spread import MAX_MEMORY
 
@@ -79,7 +79,7 @@ def test_jobs_fit_this_machine_and_a_cluster_gives_what_they_ask_for(tmp_path: P
     here = snakemake("--dry-run", "--cores", "2", cwd=workspace)
     there = snakemake("--dry-run", "--profile", "profiles/kubernetes", cwd=workspace)
     asked = [max(map(int, re.findall(r"mem_mb=(\d+)", printed))) for printed in (here, there)]
-    assert asked == [psutil.virtual_memory().total // 10**6, 900_000_000]
+    assert asked == [main_memory() // 10**6, 900_000_000]
 
 
 def test_rule_names_are_distinct_identifiers(stages: dict[str, Stage]) -> None:

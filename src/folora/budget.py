@@ -6,6 +6,7 @@ its budget is drawn back by ΔW ← √(budget / KL) ΔW, and measured again unt
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from folora.errors import FoLoRAError
@@ -31,10 +32,12 @@ def keep_inside(adapted: AdaptedModel, measure: Callable[[], float], budget: flo
         The KL that it ends at, at most ``budget``.
 
     Raises:
-        FoLoRAError: the budget is not reached.
+        FoLoRAError: the budget is not reached, or the KL is not finite.
     """
     for _ in range(ATTEMPTS):
         kl = measure()
+        if not math.isfinite(kl):
+            raise FoLoRAError(f"the training diverged, its KL is {kl}: lower the run's learning_rate")
         if kl <= budget:
             return kl
         adapted.shrink(min((budget / kl) ** 0.5, LEAST_STEP))

@@ -1,4 +1,4 @@
-"""GPUs of this machine: stages that run side by side take their own, and wait where they are taken."""
+"""GPUs and memory of this machine: stages that run side by side take their own GPU, and wait where it is taken."""
 
 from __future__ import annotations
 
@@ -9,12 +9,36 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
+
 from folora.errors import FoLoRAError
 from folora.hold import HeldError, hold
 from folora.spread import MAX_MEMORY
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+OWN_GROUPS = Path("/proc/self/cgroup")
+# where control groups of version 2, which name no controller, and of version 1 keep their limit of memory
+LIMITS = {
+    "": (Path("/sys/fs/cgroup"), "memory.max"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+}
 POLL = 5.0  # seconds between two looks for a free device
+
+
+def main_memory() -> int:
+    """Bytes of main memory that processes here may have: the machine's, or less in a container or a batch job."""
+    limits = [psutil.virtual_memory().total]
+    with suppress(OSError):  # there are no control groups but on Linux
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in LIMITS:
+                continue
+            root, limit = LIMITS[controllers]
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):  # a container sees its own as the root
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int((folder / limit).read_text()))
+    return min(limits)
 
 
 def take_devices(held: ExitStack, count: int) -> None:

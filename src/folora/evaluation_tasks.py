@@ -68,9 +68,9 @@ def _load_own(path: Path, folder: Path, *, run_code: bool) -> dict[str, Any]:
     known = spec.pop("include", None)
     if known is None:
         own = TaskManager(include_defaults=False, verbosity="ERROR")
-        tasks = list(_load_from(own, path.stem, spec, run_code=run_code).values())
-        # by the file's name: the one within is often that of the file it was copied from
-        return {path.stem if len(tasks) == 1 else f"{path.stem}/{number}": task for number, task in enumerate(tasks)}
+        if not isinstance(spec.get("task"), list):  # the name within is often that of the file it was copied from
+            spec["task"] = path.stem
+        return _load_from(own, path.stem, spec, run_code=run_code)
     if known not in known_tasks().all_subtasks:
         raise FoLoRAError(f"{path}: include: {known!r} is no task of the harness: name one, or leave it out")
     changed = {"group": path.stem, "task": [{**spec, "task": known}]}

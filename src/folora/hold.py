@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HOLDS = Path(".folora/holds")
+LOOK = 0.2  # seconds: ``at_work`` looks at a hold by taking it
 
 
 class HeldError(FoLoRAError):
@@ -43,7 +44,7 @@ def hold(what: Path) -> Iterator[None]:
     check_writable(path)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOOK)
     except Timeout as error:
         raise HeldError(f"{what}: {_holder(path)} is at work on it: wait until it ends, or stop it") from error
     try:
@@ -57,7 +58,11 @@ def hold(what: Path) -> Iterator[None]:
 
 
 def at_work() -> str | None:
-    """Who holds anything in the working folder, of any machine that shares it; None where nobody does."""
+    """Who holds anything in the working folder, on any machine that shares it; None where nobody does.
+
+    Raises:
+        FoLoRAError: a hold is another user's and cannot be looked at.
+    """
     from filelock import FileLock, Timeout
 
     for path in HOLDS.glob("*.lock"):
@@ -66,6 +71,8 @@ def at_work() -> str | None:
                 pass
         except Timeout:
             return _holder(path)
+        except OSError as error:
+            raise FoLoRAError(f"{path}: cannot be looked at ({error.strerror}): see who owns it") from error
     return None
 
 

@@ -29,7 +29,7 @@ Shrinkage = Annotated[
 ]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Numbers = Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1)]
-Megabytes = Annotated[int, Field(ge=1, description="of memory for a job, in MB; `folora plan` says what it takes")]
+Megabytes = Annotated[int, Field(ge=1, description="of memory for a job, in MB")]
 ThreadCount = Annotated[int, Field(ge=1, le=256, description="torch threads; another count changes the last bits")]
 
 

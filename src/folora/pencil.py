@@ -268,13 +268,7 @@ def relative_residual(penalised: Tensor, used: Tensor, eigenvalues: Tensor) -> f
 
 
 def directions_of(penalty: Tensor, utility: Tensor, *, shrinkage: float, name: str) -> tuple[Tensor, Tensor]:
-    """λ and V̂ of a small pencil, as ``solve`` finds them, without a record of its health.
-
-    Raises:
-        FoLoRAError: it is of a factor that is not finite.
-    """
-    if not penalty.isfinite().all():
-        raise FoLoRAError(f"{name}: the training diverged, its A is not finite: lower the run's learning_rate")
+    """λ and V̂ of a small pencil, as ``solve`` finds them, without a record of its health."""
     _, L, _ = ridged(penalty, shrinkage, name)
     eigenvalues, V = reduced(L, normalise(utility))
     return eigenvalues.clamp_min(0), V * (math.sqrt(len(V)) / V.norm())

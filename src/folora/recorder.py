@@ -94,8 +94,9 @@ class Recorder(TrainerCallback):
         return median(self._steps) if self._steps else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Save a checkpoint where one is due."""
-        del args, control
+        """Save a checkpoint where one is due, and have the last step logged."""
+        del args
+        control.should_log |= state.global_step == state.max_steps
         self._steps.append(time.perf_counter() - self._begun)
         if state.global_step in self._due:
             if self._budget is not None:
@@ -114,12 +115,10 @@ class Recorder(TrainerCallback):
             return
         step, tokens = state.global_step, state.num_input_tokens_seen
         speed = (tokens - self._tokens) / (time.perf_counter() - self._since)
-        kl = self._inside[1] if self._inside and self._inside[0] == step else self._kl()
-        if not math.isfinite(float(logs["loss"]) + kl):
-            found = f"at step {step} the loss is {float(logs['loss'])} and the KL {kl}"
-            raise FoLoRAError(f"the training diverged, {found}: lower the run's learning_rate, or take it out of runs")
+        loss = _finite("loss", float(logs["loss"]), step)
+        kl = self._inside[1] if self._inside and self._inside[0] == step else _finite("KL", self._kl(), step)
         reading = {
-            "loss": float(logs["loss"]),
+            "loss": loss,
             "learning_rate": float(logs["learning_rate"]),
             "grad_norm": float(logs["grad_norm"]),
             **self._meter.read(),
@@ -150,3 +149,10 @@ class Recorder(TrainerCallback):
 
         readings = [logged[READING] for logged in self._logged if READING in logged]
         return pa.table({name: [reading[name] for reading in readings] for name in COLUMNS})
+
+
+def _finite(figure: str, value: float, step: int) -> float:
+    if not math.isfinite(value):
+        remedy = "lower the run's learning_rate, or take it out of runs"
+        raise FoLoRAError(f"the training diverged, at step {step} the {figure} is {value}: {remedy}")
+    return value

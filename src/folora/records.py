@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from folora.git import git
+from folora.loading import Loading
 from folora.params import flatten
 from folora.presets import preset_of
 from folora.selection import BASE
@@ -133,6 +134,7 @@ class RunManifest(Part):
     run: str
     model: str
     tokenizer: str
+    loading: Loading
     params: RunParams
     inputs: RunInputs
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folora.deltas import LayerGroup
+from folora.errors import FoLoRAError
 from folora.optimizer import Coordinates
 from folora.pencil import directions_of, layer_spectrum
 
@@ -72,7 +73,7 @@ class UtilityRefresh:
         name, old = group.layers[0].name, group.spectrum
         return layer_spectrum(
             old.penalty,
-            moments.mean(name),
+            _finite(moments.mean(name), name),
             shrinkage=old.shrinkage,
             proxy_tokens=old.proxy_tokens,
             proxy_fourth=old.proxy_fourth,
@@ -127,10 +128,16 @@ class ColumnGates:
 
     def _read(self, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> tuple[Tensor | None, Tensor]:
         """Coordinates (r, r) of the columns of a layer's B, if they get any, and their λ (r,)."""
-        A = layer.A.double()
+        A = _finite(layer.A, layer.name).double()
         seen_penalty, seen_utility = A @ penalty, A @ utility  # (r, d)
         if not self._rotated:
             return None, (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
         penalty, utility = seen_penalty @ A.mT, seen_utility @ A.mT
         eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=layer.name)
         return basis, eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out
+
+
+def _finite(values: Tensor, name: str) -> Tensor:
+    if not values.isfinite().all():
+        raise FoLoRAError(f"{name}: the training diverged: lower the run's learning_rate, or take it out of runs")
+    return values

@@ -1,7 +1,8 @@
 """Scratch: what a stage has done so far, kept until its output is whole, so that a killed stage goes on from there.
 
-Nothing is taken up that was made under other conditions: the folder is named by a digest of all that the output
-depends on, the code and the libraries among it. What a kill or a power cut left damaged is passed over.
+Nothing is taken up that was made under other conditions: the folder is named by a digest of what tells all that
+the output depends on apart, the code and the libraries among it. What a kill or a power cut left damaged is passed
+over.
 """
 
 from __future__ import annotations

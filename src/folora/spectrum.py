@@ -82,8 +82,8 @@ def compute_spectrum(
         "part": part,
         "groups": groups,
     }
-    # their time stands for their content, which every part would have to read whole
-    moments = [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in (*paths, task_path))]
+    # their manifests and times stand for their content, which every part would have to read whole
+    moments = [*proxy.manifests, *target.manifests, *(path.stat().st_mtime_ns for path in (*paths, task_path))]
     with scratch(**about, moments=moments) as unfinished:
         solved = [unfinished / f"{number}.safetensors" for number in range(len(groups))]
         for path, name in zip(solved, tqdm(groups, "spectrum", unit="input", disable=None), strict=True):

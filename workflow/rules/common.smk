@@ -8,9 +8,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
-
 from folora.dag import below, is_folder, resolve_stages, stale_stages
+from folora.devices import main_memory
 from folora.errors import FoLoRAError
 from folora.finished import Recording, mark_of
 from folora.hold import hold
@@ -37,7 +36,7 @@ if workflow.is_main_process:
 
 if workflow.resource_settings.nodes is None and "mem_mb" not in workflow.global_resources:
     # jobs at once fit this machine, and one that asks for more runs alone; a cluster's jobs it would cut short
-    workflow.register_resource("mem_mb", psutil.virtual_memory().total // 10**6)
+    workflow.register_resource("mem_mb", main_memory() // 10**6)
 
 MARKERS.mkdir(parents=True, exist_ok=True)
 for name in STALE:

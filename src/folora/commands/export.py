@@ -88,7 +88,8 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
         FoLoRAError: the run is missing, not measured, changes whole weights and is not merged, a merge went wrong, or
             something else than an earlier export is in the place of ``output``.
     """
-    if output.exists() and not _is_export(output):
+    taken = any(output.iterdir()) if output.is_dir() else output.exists()
+    if taken and not _is_export(output):
         raise FoLoRAError(f"{output}: is there already, and no export: name a folder to make")
     found = final_record(params, name, places.runs, places.evaluations)
     before = base_record(params.runs[name].task, places.evaluations)
@@ -118,7 +119,8 @@ def export_run(params: Params, name: str, places: Places, output: Path, *, merge
 def _is_export(folder: Path) -> bool:
     """Whether a folder was written by ``export_run``."""
     card = folder / "README.md"
-    return card.is_file() and f"- {TAG}\n" in card.read_text(errors="replace")
+    text = card.read_text(errors="replace") if card.is_file() else ""
+    return text.startswith("---\n") and f"\n- {TAG}\n" in text
 
 
 def write_merged(base: Base, adapter: Path, heldout: Path, output: Path) -> float:

@@ -165,14 +165,16 @@ def layer_changes(model: PeftModel, spectrum: Spectrum) -> tuple[list[LayerChang
         if isinstance(module, AuxiliaryTrainingWrapper) or (isinstance(module, BaseTunerLayer) and name not in inputs):
             unmeasured.append(name)
         elif isinstance(module, BaseTunerLayer):
-            try:
-                measured.append(_relative_change(name, module, inputs[name]))
-            except RuntimeError:  # a kind of adapter that is no change of weights, or that PEFT cannot merge
+            layer = _changed_layer(name, module)
+            if layer:
+                measured.append(_relative_change(layer, inputs[name]))
+            else:
                 unmeasured.append(name)
     return measured, unmeasured
 
 
-def _relative_change(name: str, module: Any, spectrum: LayerSpectrum) -> LayerChange:
+def _changed_layer(name: str, module: Any) -> DenseLayer | None:
+    """A layer before and after merging, in float32; None of a kind of adapter that PEFT cannot merge."""
     weight = module.get_base_layer().weight
     original, single = weight.data, weight.detach().float()
     weight.data = single.clone()  # in bfloat16 most of a small change would be rounded away
@@ -180,10 +182,14 @@ def _relative_change(name: str, module: Any, spectrum: LayerSpectrum) -> LayerCh
         module.merge()
         merged = weight.detach().clone()
         module.unmerge()
+    except RuntimeError:
+        return None
     finally:
         weight.data = original
-    layer = DenseLayer(name, single, lambda: merged)
-    penalty, utility = (
-        float(change(layer, moment) / output_energy(layer, moment)) for moment in (spectrum.penalty, spectrum.utility)
-    )
-    return LayerChange(name, penalty, utility)
+    return DenseLayer(name, single, lambda: merged)
+
+
+def _relative_change(layer: DenseLayer, spectrum: LayerSpectrum) -> LayerChange:
+    moments = (moment.to(layer.weight.device) for moment in (spectrum.penalty, spectrum.utility))
+    penalty, utility = (float(change(layer, moment) / output_energy(layer, moment)) for moment in moments)
+    return LayerChange(layer.name, penalty, utility)

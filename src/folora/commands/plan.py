@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import psutil
-
 from folora.coverage import Covered, coverage
+from folora.devices import main_memory
 from folora.errors import FoLoRAError
 from folora.moments import DOUBLE, SINGLE, memory_of, split_passes
 from folora.params import OfflineFoundation, PretrainedFoundation
@@ -329,7 +328,7 @@ def _speed(name: str, device: str) -> float:
 
 def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
     """What does not fit this machine, and which layer inputs take most."""
-    memory, free = psutil.virtual_memory().total, shutil.disk_usage(Path.cwd()).free
+    memory, free = main_memory(), shutil.disk_usage(Path.cwd()).free
     found = [
         f"{stage.stage} needs {_bytes(stage.memory)} of memory; this machine has {_bytes(memory)}"
         for stage in stages
