@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 HOLDS = Path(".folora/holds")
-LOOK = 0.2  # seconds: ``at_work`` looks at a hold by taking it
 
 
 class HeldError(FoLoRAError):
@@ -44,7 +43,7 @@ def hold(what: Path) -> Iterator[None]:
     check_writable(path)
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=LOOK)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise HeldError(f"{what}: {_holder(path)} is at work on it: wait until it ends, or stop it") from error
     try:
@@ -59,6 +58,8 @@ def hold(what: Path) -> Iterator[None]:
 
 def at_work() -> str | None:
     """Who holds anything in the working folder, on any machine that shares it; None where nobody does.
+
+    It looks by taking each for a moment; a stage that wants it in that moment is told that it is taken.
 
     Raises:
         FoLoRAError: a hold is another user's and cannot be looked at.
