@@ -18,7 +18,7 @@ SHOWN = re.compile(r"`(folora [a-z][^`\n]*)`|^(?:\$ )?(folora [a-z][^#&|\n]*)", 
 def commands() -> list[str]:
     """The commands of all pages, without what follows a comment or joins another."""
     found = (one or other for page in PAGES for one, other in SHOWN.findall(page.read_text()))
-    return sorted({command.split("&&")[0].split("|")[0].strip() for command in found})
+    return sorted({re.split(r"&&|[|>]", command)[0].strip() for command in found})
 
 
 def test_there_are_commands() -> None:

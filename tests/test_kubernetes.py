@@ -153,7 +153,7 @@ def jobs(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_job_is_sent_asked_for_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script"
-    script.write_text("sleep 60")
+    script.write_text("sleep 600")
     submit = ("submit", "--cores", "2", "--megabytes", "1500", "--minutes", "5", "--gpus", "1", str(script))
     with running(tmp_path, monkeypatch) as cluster:
         names = [jobs(*submit).stdout.strip() for _ in range(2)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -144,15 +145,29 @@ def test_pretrained_foundation(tiny_values: dict[str, Any]) -> None:
     assert foundation == PretrainedFoundation(source="pretrained", model="somewhere", revision=None, loading=LOADING)
 
 
-def test_a_device_without_float64_is_refused_with_the_reason(
-    tiny_values: dict[str, Any], save_params: SaveParams, refused: Refused
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"device": "mps"}, "foundation.loading.device: mps has no float64, .* take cpu"),
+        (
+            {"device": "cuda", "attention": "flash_attention_2"},
+            "foundation.loading: attention: flash_attention_2 needs device cuda and dtype bfloat16: take sdpa",
+        ),
+    ],
+)
+def test_what_a_model_cannot_be_loaded_with_is_refused_with_the_reason(
+    changes: dict[str, str], expected: str, tiny_values: dict[str, Any], save_params: SaveParams, refused: Refused
 ) -> None:
-    loading = LOADING.model_dump() | {"device": "mps"}
-    section = {"source": "pretrained", "model": "somewhere", "revision": None, "loading": loading}
-    file = save_params(changed(tiny_values, "foundation", section))
-    line = refused("report", "--evaluations", "none", "--params", file)
-    assert "foundation.loading.device: mps has no float64" in line
-    assert "take cpu" in line
+    section = {
+        "source": "pretrained",
+        "model": "somewhere",
+        "revision": None,
+        "loading": LOADING.model_dump() | changes,
+    }
+    line = refused(
+        "report", "--evaluations", "none", "--params", save_params(changed(tiny_values, "foundation", section))
+    )
+    assert re.search(expected, line)
 
 
 def test_params_cannot_be_changed(tiny_params: Params) -> None:

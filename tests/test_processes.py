@@ -150,8 +150,7 @@ def trained(family, sharded):
         assert all(hasattr(model.get_submodule(name).weight, "full_tensor") for name in blocks(model, modules))
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=blocks(model, modules), init_lora_weights=False))
-    processes.keep_shards(adapted)
-    parallel = DistributedDataParallel(adapted)
+    parallel = processes.around_shards(adapted) if sharded else DistributedDataParallel(adapted)
     ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(processes.rank()))
     for row in ids.split(1):
         parallel(input_ids=row, labels=row, use_cache=False).loss.backward()

@@ -222,7 +222,7 @@ def test_a_notable_rounding_of_the_weights_is_printed_and_kept(
 def test_a_training_that_diverges_stops(pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Objective.parts
     monkeypatch.setattr(Objective, "parts", lambda *given: (torch.nan * part for part in parts(*given)))
-    with pytest.raises(FoLoRAError, match=r"the training diverged, at step 1 the loss is nan and .*: lower the run's"):
+    with pytest.raises(FoLoRAError, match=r"the training diverged, at step 1 the loss is nan: lower the run's"):
         train(pipeline, LORA, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -345,7 +345,7 @@ def load_checkpoint(model: PreTrainedModel | PeftModel, checkpoint: Path) -> Pre
         if not isinstance(model, PeftModel):
             with warnings.catch_warnings():  # PEFT fills factors that have no memory yet, see materialise_adapter
                 warnings.filterwarnings("ignore", message=".* to a meta parameter")
-                model = PeftModel.from_pretrained(model, checkpoint).eval()
+                model = PeftModel.from_pretrained(model, checkpoint, torch_device="cpu").eval()
             if not materialise_adapter(model):
                 return model
         set_peft_model_state_dict(model, load_peft_weights(str(checkpoint), device="cpu"))

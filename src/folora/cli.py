@@ -106,6 +106,8 @@ def _prepare(
         if model and processes.count() == 1:  # several of one training have theirs from their launcher
             count = gpu_count(device)
             take_devices(HELD, count if spread else min(1, count))
+        if model and device == "cuda" and torch.cuda.is_available():
+            CONDITIONS["gpu"] = torch.cuda.get_device_name()
     return params
 
 

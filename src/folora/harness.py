@@ -60,7 +60,8 @@ class Harness:
 
         asked = {name: self.tasks(name) for name in names}
         size = self._settings.batch_size
-        lm = HFLM(pretrained=model, tokenizer=self._tokenizer, batch_size=size, add_bos_token=True)
+        options = {"batch_size": size, "add_bos_token": True, "softmax_dtype": "float32"}  # a sum in bfloat16 is coarse
+        lm = HFLM(pretrained=model, tokenizer=self._tokenizer, **options)
         # the harness asks for its bar by this argument, whatever TQDM_DISABLE says
         lm.generate_until = partial(lm.generate_until, disable_tqdm=not sys.stderr.isatty())
         result = evaluate(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+HALF_ONLY = "flash_attention_2"  # the implementation of attention that has no float32
 
 
 class Loading(BaseModel):
@@ -29,3 +31,9 @@ class Loading(BaseModel):
         if device == "mps":
             raise ValueError("mps has no float64, which sampling and the sums of moments need: take cpu")
         return device
+
+    @model_validator(mode="after")
+    def _attention_is_to_be_had(self) -> Loading:
+        if self.attention == HALF_ONLY and (self.device, self.dtype) != ("cuda", "bfloat16"):
+            raise ValueError(f"attention: {HALF_ONLY} needs device cuda and dtype bfloat16: take sdpa")
+        return self

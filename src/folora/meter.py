@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 def change(layer: Layer, moment: Tensor) -> Tensor:
     """tr(ΔW C ΔWᵀ) of one layer, a scalar, in O(k d² + k² (d + m)) for factors of rank k."""
     left, right = layer.factors()
-    inner = right @ moment @ right.mT  # (k, k)
+    inner = right @ moment.to(right.device) @ right.mT  # (k, k)
     return layer.scaling**2 * ((left.mT @ left) * inner).sum()
 
 
 def output_energy(layer: Layer, moment: Tensor) -> Tensor:
     """tr(W C Wᵀ) = E‖W x‖² of one layer, a scalar."""
     weight = gathered(layer.weight).float()
-    return ((weight @ moment) * weight).sum()
+    return ((weight @ moment.to(weight.device)) * weight).sum()
 
 
 class ForgettingMeter:

@@ -137,6 +137,7 @@ class GatedAdam(torch.optim.Optimizer):
     ) -> None:
         self.coordinates: list[Coordinates] = []
         self.steps = 0
+        self._placed = False
         self._turned: set[int] = set()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -178,6 +179,10 @@ class GatedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._placed:  # a Trainer moves a model after its optimizer was made
+            devices = (group["params"][0].device for group in self.param_groups)
+            self.coordinates = [one.to(device) for one, device in zip(self.coordinates, devices, strict=True)]
+            self._placed = True
         # groups with the same options move together: a call a group would cost more than its sums
         alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):

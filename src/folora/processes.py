@@ -118,12 +118,20 @@ def gathered(tensor: Tensor) -> Tensor:
     return full
 
 
-def keep_shards(model: nn.Module) -> None:
-    """Have DDP leave sharded parameters alone: it would send those of the first process to all."""
+def around_shards(model: nn.Module) -> nn.Module:
+    """DDP around a model, for its parameters that are not sharded; the model itself where none is.
+
+    DDP would send the shards of the first process to all, and accelerate refuses a model that has any on GPUs.
+    """
     from torch.nn.parallel import DistributedDataParallel
 
-    shards = [name for name, parameter in model.named_parameters() if hasattr(parameter, "full_tensor")]
+    parameters = dict(model.named_parameters())
+    shards = [name for name, parameter in parameters.items() if hasattr(parameter, "full_tensor")]
+    if not shards:
+        return model
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, shards)
+    device = next(iter(parameters.values())).device
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
 
 def meet() -> None:

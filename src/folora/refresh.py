@@ -117,7 +117,7 @@ class ColumnGates:
         if optimizer.steps % self._every == 0:
             position = self._first
             for group, gates_of in self._groups:
-                moments = self._moments(group)
+                moments = tuple(moment.to(group.layers[0].A.device) for moment in self._moments(group))
                 for layer in group.layers:
                     old = optimizer.coordinates[position].basis
                     basis, eigenvalues = self._read(layer, *moments)

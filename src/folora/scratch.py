@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from folora import processes
 from folora.errors import FoLoRAError
-from folora.storage import check_writable, digest_of, digest_of_folder, publish, versions
+from folora.storage import CONDITIONS, check_writable, digest_of, digest_of_folder, publish, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def scratch(**conditions: Any) -> Iterator[Path]:
     import torch
 
     computing = {"code": _code(), "threads": torch.get_num_threads(), "processes": processes.count()}
-    folder = SCRATCH / digest_of(conditions | computing)
+    folder = SCRATCH / digest_of(conditions | computing | CONDITIONS)
     check_writable(folder / "any")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)

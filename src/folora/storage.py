@@ -41,7 +41,7 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 MADE_WITH = "made_with"
 LIBRARIES = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers")  # what artefacts are computed with
-CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them
+CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them, and its GPU
 PARTIAL = re.compile(r"\..+\.(\d+)\.partial")  # half written, with the id of the process
 # what the folder of a run holds, and that of an adapter as PEFT writes it
 ADAPTER, CHECKPOINTS, HISTORY_FILE = "adapter", "checkpoints", "history.parquet"

@@ -115,7 +115,6 @@ class Training:
         task_rows = max(settings.batch_size - processes.rank() * share, 0)  # its part of a batch is contiguous
         check_first_step(optimizer, self.adapted.moved)
         recorder.record_gates(optimizer)
-        processes.keep_shards(self.adapted.model)
         arguments = TrainingArguments(
             output_dir=str(unfinished),
             max_steps=self.rows.steps,
@@ -332,6 +331,10 @@ class ObjectiveTrainer(ResumableTrainer):
     def __init__(self, objective: Objective, **options: Any) -> None:
         super().__init__(**options)
         self._objective = objective
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        wrapped = super()._wrap_model(model, training, dataloader)
+        return processes.around_shards(model) if wrapped is model and training else wrapped
 
     def training_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> torch.Tensor:
         """Add the gradient of one batch, micro-batch by micro-batch; returns its loss."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -238,11 +239,17 @@ def export(
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Write a run's adapter, or the merged model, with a model card that says what it learned and what it kept."""
+    from folora.base import open_base
     from folora.commands.export import Places, export_run
+    from folora.devices import take_devices
     from folora.params import load_params
+    from folora.spread import gpu_count
 
-    places = Places(runs, evaluations, foundation, heldout)
-    difference = export_run(load_params(params_file), run, places, output, merge=merge)
+    params, places = load_params(params_file), Places(runs, evaluations, foundation, heldout)
+    with ExitStack() as held:
+        if merge:
+            take_devices(held, min(1, gpu_count(open_base(foundation).loading.device)))
+        difference = export_run(params, run, places, output, merge=merge)
     print(output if difference is None else f"{output}: merging changed no logit by more than {difference:.1e}")
 
 
@@ -280,14 +287,19 @@ def forget(
 
     from folora.base import open_base
     from folora.commands.forget import Yardsticks, measure_forgetting
+    from folora.devices import take_devices
     from folora.params import load_params
+    from folora.spread import gpu_count
 
     params = load_params(params_file)
     torch.set_num_threads(params.threads.evaluate)
     task, source = next(iter(params.tasks)), next(iter(params.proxy.sources))
     moments = spectrum or Path(f"artifacts/spectrum/{task}/{source}")
     yardsticks = Yardsticks(heldout, moments, tasks or Path(params.evaluation.tasks))
-    found = measure_forgetting(params, adapter, open_base(foundation), yardsticks)
+    base = open_base(foundation)
+    with ExitStack() as held:
+        take_devices(held, gpu_count(base.loading.device))
+        found = measure_forgetting(params, adapter, base, yardsticks)
     if as_json:
         _print_json(found.as_json())
     else:

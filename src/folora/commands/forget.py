@@ -145,7 +145,7 @@ def put_on(model: PreTrainedModel | PeftModel, adapter: Path) -> PeftModel:
     mistakes = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ImportError, re.error)
     try:
         Modules.model_validate_json((adapter / PEFT_CONFIG).read_bytes())
-        adapted = PeftModel.from_pretrained(model, str(adapter)).eval()
+        adapted = PeftModel.from_pretrained(model, str(adapter), torch_device="cpu").eval()
     except (SafetensorError, *mistakes) as error:
         raise FoLoRAError(f"{adapter}: does not fit this base model, or is damaged: {str(error)[:200]}") from error
     if adapted.active_peft_config.is_prompt_learning:
@@ -190,6 +190,7 @@ def _changed_layer(name: str, module: Any) -> DenseLayer | None:
 
 
 def _relative_change(layer: DenseLayer, spectrum: LayerSpectrum) -> LayerChange:
-    moments = (moment.to(layer.weight.device) for moment in (spectrum.penalty, spectrum.utility))
-    penalty, utility = (float(change(layer, moment) / output_energy(layer, moment)) for moment in moments)
+    penalty, utility = (
+        float(change(layer, moment) / output_energy(layer, moment)) for moment in (spectrum.penalty, spectrum.utility)
+    )
     return LayerChange(layer.name, penalty, utility)

@@ -111,19 +111,20 @@ class Plan:
         return {"coverage": [vars(one) for one in self.covered], "stages": stages, "warnings": self.warnings}
 
 
-def make_plan(params: Params, folder: Path | None = None) -> Plan:
+def make_plan(params: Params, folder: Path | None = None, *, measured_on: str | None = None) -> Plan:
     """Plan every stage.
 
     Args:
         params: the parameter file.
         folder: of the pinned model; None: its configuration is looked up where the parameters say.
+        measured_on: device whose speed counts; None: the one that the model runs on.
 
     Raises:
         FoLoRAError: the model's configuration is not to be had, or the memory budget is too small for a layer input.
     """
     model = empty_model(params, folder)
     shape, covered = shape_of(model, params)
-    stages = plan_stages(params, shape, _speed("float32", _device(params)), _speed("float64", "cpu"))
+    stages = plan_stages(params, shape, _speed("float32", measured_on or _device(params)), _speed("float64", "cpu"))
     notes = _truncated(shape, params.spectrum.directions) + _in_passes(shape, params.covariance.memory_budget, stages)
     return Plan(covered, stages, _warnings(stages, shape) + _beyond(params.memory, stages) + notes)
 
@@ -135,7 +136,8 @@ def head_line(params: Params, folder: Path, stage: str) -> str:
         FoLoRAError: the parameters do not fit the model, which some stage would find later.
     """
     try:
-        stages = make_plan(params, folder).stages
+        # that of the spectrum is solved on a CPU, and holds no GPU
+        stages = make_plan(params, folder, measured_on="cpu" if stage == "spectrum" else None).stages
     except FoLoRAError:
         raise
     except Exception as error:  # a model's own code may do anything where there are no weights: the stage has them
