@@ -36,7 +36,7 @@ def scratch(**conditions: Any) -> Iterator[Path]:
     import torch
 
     computing = {"code": _code(), "threads": torch.get_num_threads(), "processes": processes.count()}
-    folder = SCRATCH / digest_of(conditions | computing | CONDITIONS)
+    folder = SCRATCH / digest_of(conditions | CONDITIONS | computing)
     check_writable(folder / "any")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
