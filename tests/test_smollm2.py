@@ -93,13 +93,17 @@ def test_its_tasks_are_tasks_of_the_harness(script: ModuleType, pipeline: Pipeli
         "gsm8k": 2,
         "gsm8k-validation": script.LIKELIHOOD_ITEMS,
         "hellaswag": 1,
+        "hellaswag-choice": 1,
         "humaneval": 1,
         "mmlu-stem": script.LIKELIHOOD_ITEMS,
+        "mmlu-stem-choice": script.LIKELIHOOD_ITEMS,
         "truthfulqa": 1,
+        "truthfulqa-choice": 1,
     }
     expected = {name: own[0]["expected"] for name, own in items.items()}
     assert expected["gsm8k"] == " It is 4.\n#### 1,234"
-    assert (expected["hellaswag"], expected["truthfulqa"], expected["mmlu-stem"]) == (" b", " a", " b")
+    assert (expected["hellaswag"], expected["hellaswag-choice"]) == (" b", "b")
+    assert (expected["truthfulqa"], expected["mmlu-stem-choice"]) == (" a", "b")
     assert all(0 <= answer["score"] <= 1 for answer in answers)
 
 

@@ -227,17 +227,16 @@ def test_an_error_on_the_way_is_reported_once(
 
 
 def test_training_waits_for_no_server(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A server that accepts and never answers: the run goes on at once, and its end waits once."""
-    patience = 3.0
-    monkeypatch.setattr(folora.tracking, "PATIENCE", patience)
+    """A server that accepts and never answers."""
+    monkeypatch.setattr(folora.tracking, "PATIENCE", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         settings = Tracking(experiment="test", uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         with run_log(settings, card(), {}) as log:
             for step in range(100):
                 log.metrics({"x": 1.0}, step)
-            assert time.monotonic() - start < patience
-        assert time.monotonic() - start < 2 * patience
+            assert time.monotonic() - start < 0.5
+        assert time.monotonic() - start < 2
         # before the server closes, which the sender would report too
         assert warnings(caplog) == ["MLflow takes long: `folora publish` sends what is missing"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from folora.errors import FoLoRAError
+from folora.errors import FoLoRAError, diverged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ def keep_inside(adapted: AdaptedModel, measure: Callable[[], float], budget: flo
     for _ in range(ATTEMPTS):
         kl = measure()
         if not math.isfinite(kl):
-            raise FoLoRAError(f"the training diverged, its KL is {kl}: lower the run's learning_rate")
+            raise diverged(f"its KL is {kl}")
         if kl <= budget:
             return kl
         adapted.shrink(min((budget / kl) ** 0.5, LEAST_STEP))

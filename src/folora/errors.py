@@ -22,6 +22,11 @@ class FoLoRAError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+def diverged(where: str) -> FoLoRAError:
+    """The error of a training whose figures are no longer finite."""
+    return FoLoRAError(f"the training diverged, {where}: lower the run's learning_rate, or take it out of runs")
+
+
 def redacted(text: str) -> str:
     """The text without passwords in addresses and without values of environment variables that hold secrets."""
     for name, value in os.environ.items():

@@ -137,7 +137,6 @@ class GatedAdam(torch.optim.Optimizer):
     ) -> None:
         self.coordinates: list[Coordinates] = []
         self.steps = 0
-        self._placed = False
         self._turned: set[int] = set()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -170,7 +169,13 @@ class GatedAdam(torch.optim.Optimizer):
             state["step"] = saved["step"].to(parameter.device)  # which torch leaves where it was
         self.steps = max((int(saved["step"]) for saved in state_dict["state"].values()), default=0)
         for position, coordinates in state_dict.get("turned", {}).items():
-            self.turn(position, Coordinates(**coordinates).to(self.param_groups[position]["params"][0].device))
+            self.turn(position, Coordinates(**coordinates))
+        self._follow_parameters()
+
+    def _follow_parameters(self) -> None:
+        """Bring the coordinates to the parameters' devices: a Trainer moves a model after its optimizer was made."""
+        devices = (group["params"][0].device for group in self.param_groups)
+        self.coordinates = [one.to(device) for one, device in zip(self.coordinates, devices, strict=True)]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,10 +184,8 @@ class GatedAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._placed:  # a Trainer moves a model after its optimizer was made
-            devices = (group["params"][0].device for group in self.param_groups)
-            self.coordinates = [one.to(device) for one, device in zip(self.coordinates, devices, strict=True)]
-            self._placed = True
+        if not self.steps:
+            self._follow_parameters()
         # groups with the same options move together: a call a group would cost more than its sums
         alike: dict[tuple[Any, ...], list[tuple[list[Tensor], Coordinates]]] = {}
         for group, coordinates in zip(self.param_groups, self.coordinates, strict=True):

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from folora.budget import keep_inside
-from folora.errors import FoLoRAError
+from folora.errors import diverged
 from folora.meter import ForgettingMeter
 from folora.processes import from_first
 
@@ -153,6 +153,5 @@ class Recorder(TrainerCallback):
 
 def _finite(figure: str, value: float, step: int) -> float:
     if not math.isfinite(value):
-        remedy = "lower the run's learning_rate, or take it out of runs"
-        raise FoLoRAError(f"the training diverged, at step {step} the {figure} is {value}: {remedy}")
+        raise diverged(f"at step {step} the {figure} is {value}")
     return value

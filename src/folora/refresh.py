@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from folora.deltas import LayerGroup
-from folora.errors import FoLoRAError
+from folora.errors import diverged
 from folora.optimizer import Coordinates
 from folora.pencil import directions_of, layer_spectrum
 
@@ -139,5 +139,5 @@ class ColumnGates:
 
 def _finite(values: Tensor, name: str) -> Tensor:
     if not values.isfinite().all():
-        raise FoLoRAError(f"{name}: the training diverged: lower the run's learning_rate, or take it out of runs")
+        raise diverged(f"what {name} computes is not finite")
     return values

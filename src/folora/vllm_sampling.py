@@ -73,6 +73,7 @@ def vllm_draw(base: Base, temperature: float, steps: int) -> Draw:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def draw(seeds: list[int]) -> list[Sample]:
+        """A sequence for each seed."""
         asked = [
             vllm.SamplingParams(
                 seed=seed >> 1,  # vLLM's are signed

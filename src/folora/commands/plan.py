@@ -351,12 +351,14 @@ def _warnings(stages: list[StagePlan], shape: Shape) -> list[str]:
 
 def _beyond(memory: Memory, stages: list[StagePlan]) -> list[str]:
     """Stages that take more memory than a job of theirs is given."""
-    given = memory.model_dump() | {"heldout": memory.proxy}
-    return [
-        f"memory: a job of {stage.stage} is given {_bytes(1e6 * given[stage.stage])}, and takes {_bytes(stage.memory)}"
-        for stage in stages
-        if stage.memory > 1e6 * given[stage.stage]
-    ]
+    found = []
+    for stage in stages:
+        key = "proxy" if stage.stage == "heldout" else stage.stage
+        given = 1e6 * getattr(memory, key)
+        if stage.memory > given:
+            asked = f"a job of {stage.stage} is given {_bytes(given)}, and takes {_bytes(stage.memory)}"
+            found.append(f"memory: {asked}: raise memory.{key}")
+    return found
 
 
 def _truncated(shape: Shape, directions: int | None) -> list[str]:

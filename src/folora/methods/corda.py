@@ -31,6 +31,7 @@ class CorDA(FactorMethod):
     mode: Literal["knowledge", "instruction"] = "knowledge"
 
     def factors(self, layer: LoRALayer, group: LayerGroup) -> tuple[Tensor, Tensor]:
+        """(B₀ (m, r), A₀ (r, d)) of the module's equation, from the moment of the mode."""
         import torch
 
         from folora.pencil import normalise

@@ -31,6 +31,7 @@ class DoRA(Method):
         return {"use_dora": True}
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        """PEFT's DoRA, whose layers also change by a magnitude, as dense layers."""
         from folora.adapter import NAME
         from folora.deltas import DenseLayer, grouped
 

@@ -221,6 +221,7 @@ class FoLoRA(SpectralMethod):
         return each_b if self.freeze_a else [*of_a, *each_b]
 
     def optimizer(self, adapted: AdaptedModel, learning_rate: float) -> GatedAdam:
+        """Gated Adam, with the hooks that measure C_t again and read the gates of B."""
         from folora.refresh import ColumnGates, UtilityRefresh
 
         optimizer = super().optimizer(adapted, learning_rate)

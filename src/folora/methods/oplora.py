@@ -31,6 +31,7 @@ class OPLoRA(Method):
     preserved: Annotated[int, Field(ge=1)] = 16
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        """LoRA between projectors off the k leading singular directions of W, on both sides."""
         import torch
         from torch.nn.utils.parametrize import register_parametrization
 

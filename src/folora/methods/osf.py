@@ -29,6 +29,7 @@ class OSF(Method):
     shardable: ClassVar[bool] = False
 
     def adapt(self, model: PreTrainedModel, context: Context) -> AdaptedModel:
+        """PEFT's OSF: the r trailing singular triplets of W train, the others are frozen."""
         from peft import OSFConfig, get_peft_model
 
         from folora.adapter import NAME, DenseModel, check_rank, weights_of
