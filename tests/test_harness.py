@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 from tokenizers.processors import TemplateProcessing
 
 from folora.errors import FoLoRAError
@@ -14,9 +16,9 @@ from folora.evaluation_tasks import CodeEval
 from folora.harness import Harness
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from conftest import Pipeline
+
+ROOT = Path(__file__).parent.parent
 
 ITEMS = [
     {"prompt": "max 3 8>", "right": "8", "choices": ["3", "8", "11"], "label": 1},
@@ -182,7 +184,7 @@ def test_what_cannot_be_asked_is_named(pipeline: Pipeline, folder: Path) -> None
     with pytest.raises(FoLoRAError, match=rf"poetry\.yaml: no such evaluation task, .* there are {own}"):
         asked.answers(model, ["likely", "poetry"])
     with pytest.raises(FoLoRAError, match="evaluation task corpus: no score of a single item among its metrics: bleu"):
-        asked.answers(model, ["corpus"])
+        asked.tasks("corpus")
     with pytest.raises(FoLoRAError, match=r"humaneval: runs code .*: evaluation\.run_generated_code: true lets it"):
         asked.answers(model, ["humaneval"])
 
@@ -271,6 +273,59 @@ def test_a_task_of_the_harness_takes_other_data(pipeline: Pipeline, folder: Path
     own(folder, "odd", [row], include="nobody")
     with pytest.raises(FoLoRAError, match=r"odd\.yaml: include: 'nobody' is no task of the harness"):
         harness(pipeline, folder).tasks("odd")
+
+
+QUESTION = {"question": "Who?", "answer": {"value": "Ann", "aliases": ["Ann"]}, "choices": ["a", "b", "c", "d"]}
+LETTERS = {"text": ["Ann", "Bob"], "label": ["A", "B"]}
+FIELD: dict[str, dict[str, Any]] = {  # a row with the columns that a benchmark has
+    "hendrycks_math_algebra": {"problem": "1 + 1?", "solution": r"It is $\boxed{2}$."},
+    "ifeval": {"prompt": "Say it.", "key": 1, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
+    "triviaqa": QUESTION,
+    "nq_open": {"question": "Who?", "answer": ["Ann"]},
+    "webqs": {"question": "Who?", "answers": ["Ann", "Bob"]},
+    "mmlu_anatomy": {**QUESTION, "answer": 1},
+    "truthfulqa_mc1": {"question": "Who?", "mc1_targets": {"choices": ["Ann", "Bob"], "labels": [1, 0]}},
+    "truthfulqa_mc2": {"question": "Who?", "mc2_targets": {"choices": ["Ann", "Bob", "Al"], "labels": [1, 0, 1]}},
+    "hellaswag": {"activity_label": "A", "ctx_a": "x", "ctx_b": "y", "endings": ["a", "b", "c", "d"], "label": "2"},
+    "arc_easy": {"question": "Who?", "choices": LETTERS, "answerKey": "B"},
+    "arc_challenge": {"question": "Who?", "choices": LETTERS, "answerKey": "A"},
+    "winogrande": {"sentence": "So _ is.", "option1": "Ann", "option2": "Bob", "answer": "1"},
+    "longbench_hotpotqa": {"context": "Ann did.", "question": "Who?", "answers": ["Ann"], "all_classes": None},
+    "longbench_lcc": {"context": "a =", "answers": [" 1"], "all_classes": None},
+}
+ANSWERED = {"hendrycks_math_algebra", "ifeval", "triviaqa", "nq_open", "longbench_hotpotqa", "longbench_lcc"}
+
+
+@pytest.mark.parametrize("known", FIELD)
+def test_the_benchmarks_of_the_field_score_item_by_item(known: str, pipeline: Pipeline, folder: Path) -> None:
+    changes: dict[str, Any] = {"dataset_name": None, "num_fewshot": 0}
+    changes |= dict.fromkeys(("training_split", "validation_split", "fewshot_split"))
+    if known in ANSWERED:
+        changes["generation_kwargs"] = SHORT
+    own(folder, "field", [FIELD[known]] * 2, include=known, test_split="test", **changes)
+    answers = harness(pipeline, folder).answers(pipeline.base.load_model(), ["field"])
+    assert [answer["item"] for answer in answers] == [0, 1]
+    assert 0 <= answers[0]["score"] == answers[1]["score"] <= 1
+
+
+def test_an_instruction_of_ifeval_is_followed_or_not(pipeline: Pipeline, folder: Path) -> None:
+    own(folder, "field", [FIELD["ifeval"]], include="ifeval", test_split="test")
+    task = harness(pipeline, folder).tasks("field")["field"]
+    (document,) = task.test_docs()
+    scored = [task.process_results(document, [said])["prompt_level_strict_acc"] for said in ("No comma.", "One, two.")]
+    assert scored == [True, False]
+
+
+def test_squad_is_answered_with_any_of_the_spans(pipeline: Pipeline, folder: Path) -> None:
+    spec = YAML(typ="safe", pure=True).load(ROOT / "workflow" / "tasks" / "evaluation" / "squadv2-exact.yaml")
+    rows = [{"context": "Ann did.", "question": "Who?", "answers": {"text": text}} for text in (["Ann", "ann!"], [])]
+    own(folder, "squad", rows, **{**spec, "generation_kwargs": SHORT, "test_split": "test"})
+    asked = harness(pipeline, folder)
+    task = asked.tasks("squad")["squad"]
+    documents = list(task.test_docs())
+    assert [task.process_results(documents[0], [said])["exact_match"] for said in ("ANN", "Ann.", "Bob")] == [1, 1, 0]
+    assert [task.process_results(documents[1], [said])["exact_match"] for said in ("unanswerable", "Ann")] == [1, 0]
+    assert len(asked.answers(pipeline.base.load_model(), ["squad"])) == 2
 
 
 def test_data_without_a_column_that_is_asked_for_are_named(pipeline: Pipeline, folder: Path) -> None:

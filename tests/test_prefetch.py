@@ -35,7 +35,8 @@ def write_rows(path: Path, numbers: range) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_after_prefetch_no_stage_needs_the_hub(
+@pytest.mark.usefixtures("sandbox")
+def test_after_prefetch_no_stage_needs_a_network(
     tiny_foundation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "hub"
@@ -63,8 +64,7 @@ def test_after_prefetch_no_stage_needs_the_hub(
     assert "stages: foundation, download@mine\nevaluation tasks: target, validation, kept\n" in said
     for artefact in ("foundation", "downloads/mine"):
         assert read_json(workspace / "artifacts" / artefact / "manifest.json")["commit"] == COMMIT
-    # the address still stands in the environment, and nobody answers there
-    run(workspace, "dvc", "repro")
+    run(workspace, "bwrap", "--dev-bind", "/", "/", "--unshare-net", "dvc", "repro")
     config = read_json(workspace / "artifacts/runs/lora/lora-3e-3-s0/adapter/adapter_config.json")
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", COMMIT)
     metrics = read_json(workspace / "results/report/metrics.json")

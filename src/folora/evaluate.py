@@ -31,6 +31,7 @@ from folora.storage import (
     METRICS_FILE,
     TOKENS_FILE,
     check_fields,
+    digest_of,
     digest_of_file,
     digest_of_folder,
     identity_of,
@@ -147,17 +148,24 @@ class Results:
         Args:
             output: the folder.
             runs: digest of each run that was measured.
-            how: what the evaluator says about itself.
+            how: of what model, with what tasks and parameters, and what the evaluator says about itself.
         """
         with publish(output) as folder:
             folder.mkdir()
-            about: Record = {"artefact": "metrics", "runs": runs, **how}
+            about: Record = {"artefact": "metrics", "runs": runs, "items": self._items(), **how}
             write_table(folder / METRICS_FILE, pa.Table.from_pylist(self.metrics), about)
             about = {"metrics": digest_of_file(folder / METRICS_FILE)}
             write_table(folder / ANSWERS_FILE, pa.Table.from_pylist(self._answers), {"artefact": "answers", **about})
             write_table(
                 folder / TOKENS_FILE, pa.Table.from_pylist(self._tokens, TOKENS), {"artefact": "tokens", **about}
             )
+
+    def _items(self) -> dict[str, str]:
+        """Digest of what each task asked: prompts and what was expected, whatever data a harness fetched for it."""
+        asked: dict[str, dict[int, list[str]]] = {}
+        for answer in self._answers:
+            asked.setdefault(answer["task"], {})[answer["item"]] = [answer["prompt"], answer["expected"]]
+        return {name: digest_of({"items": list(items.values())}) for name, items in asked.items()}
 
 
 TOKENS = pa.schema(
@@ -181,7 +189,8 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
         readings = evaluator.base_drift()
         return {"drift": figures(readings), "tokens": token_records(readings)}
 
-    with scratch(**base.identity, **_measured_with(params, tasks, heldout)) as unfinished:
+    measured_with = _measured_with(params, tasks, heldout)
+    with scratch(**base.identity, **measured_with) as unfinished:
         drifted = kept(unfinished / "drift.json", drift)
         results.drifted({"run": BASE, "step": 0}, drifted["tokens"])
         known: dict[str, list[Record]] = {}  # answers by task, each of which is asked once
@@ -195,7 +204,7 @@ def evaluate_base(params: Params, base: Base, tasks: Path, heldout: Path, output
             results.answered(key, answered)
             at_best = best_scores(answered, params.evaluation.at_best)
             results.metrics.append({**key, **scores(answered, task, params), **at_best, **drifted["drift"]})
-        results.write(output, {}, evaluator.about)
+        results.write(output, {}, {**base.identity, **measured_with, **evaluator.about})
     with sending(params.tracking) as sender:
         for record in base_records(output / METRICS_FILE, source_tags(params)):
             sender.send(record)
@@ -216,12 +225,13 @@ def evaluate_method(
         digests[name] = identity_of(manifest)
     evaluator = Evaluator(params, base, tasks, heldout)
     results = Results()
-    with scratch(runs=digests, **_measured_with(params, tasks, heldout)) as unfinished:
+    measured_with = _measured_with(params, tasks, heldout)
+    with scratch(runs=digests, **measured_with) as unfinished:
         for name in tqdm(digests, "evaluate", unit="run", disable=None):
             _measure(evaluator, params, name, runs / name, results, unfinished)
         if params.evaluation.at_best:
             _ask_at_best(evaluator, params.evaluation.at_best, runs, results, unfinished)
-        results.write(output, digests, evaluator.about)
+        results.write(output, digests, {**base.identity, **measured_with, **evaluator.about})
     source = source_tags(params)
     with sending(params.tracking) as sender:
         for name in digests:

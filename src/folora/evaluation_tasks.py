@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 CODE_METRIC = "code_eval"  # what the harness takes from a hub to run code
 PASS_AT_1 = {"pass_at_k", "pass_at_1"}  # the functions with which the harness's tasks call it
+# the first that a task has is its score; "pass@1" is what pass_at_k calls it, "score" what LongBench's tasks have
+METRICS = ("acc_norm", "exact_match", "acc", "f1", "prompt_level_strict_acc", "pass@1", "pass_at_1", "score")
 
 
 def load_tasks(name: str, folder: Path, *, run_code: bool) -> dict[str, Any]:
@@ -33,7 +35,8 @@ def load_tasks(name: str, folder: Path, *, run_code: bool) -> dict[str, Any]:
         run_code: whether code that the model writes may run.
 
     Raises:
-        FoLoRAError: there is no such task, its data or code cannot be loaded, or it runs code that must not run here.
+        FoLoRAError: there is no such task, its data or code cannot be loaded, it has no score of a single item, or it
+            runs code that must not run here.
     """
     path = _file_of(name, folder)
     if path.is_file():
@@ -48,6 +51,7 @@ def load_tasks(name: str, folder: Path, *, run_code: bool) -> dict[str, Any]:
         raise FoLoRAError(f"{path}: no such evaluation task, and none of the harness; there are {own or 'none'}")
     for task in tasks.values():
         _check_code(name, task, run_code=run_code)
+        _check_score(name, task)
     return tasks
 
 
@@ -109,6 +113,25 @@ def _check_code(name: str, task: Any, *, run_code: bool) -> None:
         only = "only pass@1 as of humaneval and mbpp can be had here"
         raise FoLoRAError(f"evaluation task {name}: runs code that the model wrote in a way of its own: {only}")
     check_sandbox()
+
+
+def _check_score(name: str, task: Any) -> None:
+    """See that every item of a task has a score, before any is asked.
+
+    Raises:
+        FoLoRAError: its metrics are of all items together, as BLEU is, or none that is known here.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    if task.OUTPUT_TYPE == "loglikelihood":  # scored by ourselves
+        return
+    metrics = task.aggregation()
+    means = {metric for metric, aggregate in metrics.items() if aggregate is get_aggregation("mean")}
+    if means.isdisjoint({*METRICS, *PASS_AT_1}):
+        within = "" if task.config.task in (name, None) else f" ({task.config.task})"
+        raise FoLoRAError(
+            f"evaluation task {name}{within}: no score of a single item among its metrics: {', '.join(metrics)}"
+        )
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
-from folora.evaluation_tasks import load_tasks, runs_code
+from folora.evaluation_tasks import METRICS, load_tasks, runs_code
 from folora.sandbox import describe_sandbox
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
     from folora.params import Evaluation
     from folora.storage import Record
-
-
-# the first that a task has is its score; "pass@1" is what pass_at_k calls it
-METRICS = ("acc_norm", "exact_match", "acc", "f1", "prompt_level_strict_acc", "pass@1", "pass_at_1")
 
 
 class Harness:
@@ -130,8 +126,9 @@ def _samples(tasks: dict[str, Any], samples: dict[str, list[Record]]) -> list[tu
 
 
 def _score(task: Any, sample: Record) -> float:
-    metric = next((name for name in METRICS if name in sample["metrics"]), None)
-    if metric is None or not isinstance(sample[metric], (bool, int, float)):
+    found = (sample[name] for name in METRICS if name in sample["metrics"])
+    score = next((value for value in found if isinstance(value, (bool, int, float))), None)
+    if score is None:
         known = ", ".join(sample["metrics"])
-        raise FoLoRAError(f"evaluation task {task.config.task}: no score of a single item among its metrics: {known}")
-    return float(sample[metric])
+        raise FoLoRAError(f"evaluation task {task.config.task}: an item has no score among its metrics: {known}")
+    return float(score)
