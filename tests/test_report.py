@@ -8,17 +8,22 @@ import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
 from ruamel.yaml import YAML
 
+from folora.comparison import compare
 from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.report import write_report
-from folora.report.text import MEANS_NOTE
+from folora.report.drift import TASK_FIGURES, task_rows
+from folora.report.text import MEANS_NOTE, TASKS_NOTE
+from folora.significance import RESAMPLES, SEED
 from folora.storage import digest_of_file, read_json, read_table, read_tensors, write_table, write_tensors
 
 if TYPE_CHECKING:
@@ -355,6 +360,103 @@ def test_tasks_of_the_best_rate_are_shown(tmp_path: Path) -> None:
     assert [round(float(scores[m]["score"]), 2) for m in ("base", "lora", "folora-replay")] == [0.95, 0.45, 0.7]
     assert float(scores["lora"]["score_low"]) < 0.45 < float(scores["lora"]["score_high"])
     assert "0.45 [" in (tmp_path / "report" / "summary.md").read_text()
+
+
+def bootstrapped(values: Any) -> tuple[float, float, float]:
+    """Mean over seeds and items of (seeds, items), and its 95 % interval, resample by resample."""
+    values = np.atleast_2d(values)
+    seeds, items = values.shape
+    by_item, by_seed = np.random.default_rng(SEED + 1), np.random.default_rng(SEED)
+    means = [
+        by_seed.multinomial(seeds, [1 / seeds] * seeds)
+        @ values
+        @ by_item.multinomial(items, [1 / items] * items)
+        / (seeds * items)
+        for _ in range(RESAMPLES)
+    ]
+    return values.mean(), *np.quantile(means, [0.025, 0.975])
+
+
+def test_tasks_scored_by_likelihood_have_a_log_loss(tmp_path: Path, params: Params) -> None:
+    """The target is scored by likelihood, ``home`` with shares of which some are 0, ``loud`` right or wrong."""
+    write_results(tmp_path / "evaluation", ["subtraction"])
+    generator, scores = np.random.default_rng(3), {}
+    for method in ("base", "folora-replay", "lora"):
+        path = tmp_path / "evaluation" / method / "answers.parquet"
+        table, about = read_table(path)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["task"] == "subtraction":
+                row["score"] = generator.uniform(0.01, 0.99)
+            elif row["task"] == "home":
+                row["score"] *= 0.5
+        write_table(path, pa.Table.from_pylist(rows), about)
+        last = rows[-3 * ITEMS :]
+        scores[method] = {
+            task: np.array([r["score"] for r in last if r["task"] == task]) for task in ("subtraction", *KEPT)
+        }
+    write_report(params, tmp_path / "evaluation", tmp_path / "report")
+    rows = {(row["method"], row["task"]): row for row in read_csv(tmp_path / "report" / "tasks.csv")}
+    assert list(rows) == [(m, t) for t in ("subtraction", *KEPT) for m in ("base", "lora", "folora-replay")]
+    text = (tmp_path / "report" / "summary.md").read_text()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert TASKS_NOTE in text
+    assert TASKS_NOTE in page
+    subjects = scores["folora-replay"]
+    for (method, task), row in rows.items():
+        own, its = scores[method][task], subjects[task]
+        expected = {"score": own, "score_difference": its - own}
+        if task == "subtraction":
+            expected |= {"log_loss": -np.log(own), "log_loss_difference": np.log(own) - np.log(its)}
+        cells = []
+        for figure in TASK_FIGURES:
+            found = [row[figure + end] for end in ("", "_low", "_high")]
+            if figure not in expected or (method == "folora-replay" and figure.endswith("difference")):
+                assert found == [""] * 3
+                cells.append("–")
+            else:
+                assert [float(one) for one in found] == pytest.approx(bootstrapped(expected[figure]), abs=1e-9)
+                cells.append("{:z.3f} [{:z.3f}, {:z.3f}]".format(*map(float, found)))
+        assert f"| {method} | {task} | {' | '.join(cells)} |" in text
+        assert "".join(f"<td>{cell}</td>" for cell in (task, *cells)) in page
+
+
+def test_without_likelihoods_there_is_no_log_loss(report: Path) -> None:
+    rows = {(row["method"], row["task"]): row for row in read_csv(report / "tasks.csv")}
+    assert float(rows["lora", "home"]["score"]) == pytest.approx(0.45)
+    assert float(rows["lora", "home"]["score_difference"]) == pytest.approx(0.25)
+    assert {row["log_loss"] for row in rows.values()} == {""}
+    for name in ("summary.md", "index.html"):
+        assert "log-loss" not in (report / name).read_text()
+
+
+def test_tasks_are_compared_on_the_seeds_of_the_reference() -> None:
+    """FoLoRA has a seed more than the reference, another method one less."""
+    seeds = {"lora": [0, 1], "folora": [1, 2, 0], "other": [0]}
+    records = [
+        record(f"{method}-{seed}", method, 0.01, (6, 0.5, 0.5, 0.5, 0.1), "x") | {"seed": seed}
+        for method, own in seeds.items()
+        for seed in own
+    ]
+    base = record("base", "base", 0.0, (0, 0.1, 0.1, 0.9, 0.0), "x")
+    generator = np.random.default_rng(4)
+    scores = {(row["run"], row["step"]): generator.uniform(0.1, 1, ITEMS) for row in (base, *records)}
+    inputs: Any = SimpleNamespace(answers={"x": {one: {"t": own} for one, own in scores.items()}})
+    comparison = compare("x", base, records, "lora")
+    rows = {row["method"]: row for row in task_rows(comparison, inputs, ["t"], "folora")}
+    loss = {method: {seed: -np.log(scores[f"{method}-{seed}", 6]) for seed in own} for method, own in seeds.items()}
+    loss["base"] = dict.fromkeys([0, 1], -np.log(scores["base", 0]))
+    for method, row in rows.items():
+        own = list(loss[method].values())[: 1 if method == "base" else None]
+        assert [row[f"log_loss{end}"] for end in ("", "_low", "_high")] == pytest.approx(bootstrapped(own))
+        found = [row[f"log_loss_difference{end}"] for end in ("", "_low", "_high")]
+        if method in ("lora", "base"):
+            difference = [loss["folora"][seed] - loss[method][seed] for seed in (0, 1)]
+            assert found == pytest.approx(bootstrapped(difference))
+        else:
+            assert found == [None] * 3
+    for row in task_rows(comparison, inputs, ["t"], "other"):  # which lacks a seed of the reference
+        assert row["score_difference"] is None
 
 
 def test_training_curves_are_those_of_the_best_rates(full: Path, runs: Path) -> None:

@@ -48,6 +48,7 @@ def write_report(
         _write_csv(folder / "summary.csv", summary_rows(studies))
         _write_csv(folder / "matches.csv", match_rows(studies))
         _write_csv(folder / "drift.csv", [row for study in studies for row in study.drift])
+        _write_csv(folder / "tasks.csv", [row for study in studies for row in study.tasks])
         if params.evaluation.at_best:
             _write_csv(folder / "at_best.csv", [row for study in studies for row in study.at_best])
         for name in rows[0]:

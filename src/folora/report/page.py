@@ -10,7 +10,7 @@ from folora.adapter_config import read_adapter_config
 from folora.errors import FoLoRAError
 from folora.report import text
 from folora.report.answers import side_by_side
-from folora.report.drift import at_best_cells, drift_cells
+from folora.report.drift import at_best_cells, drift_cells, task_cells
 from folora.report.figures import styled
 from folora.report.spectra import gated_method, health_alarms, health_cells, health_note, health_rows
 from folora.report.verdict import verdict
@@ -98,6 +98,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "differences": text.difference_cells(study),
         "costs": text.cost_cells(study),
         "drift": drift_cells(study.drift),
+        "tasks": task_cells(study.tasks),
         "at_best": at_best_cells(study.at_best),
         "pairs": text.pair_cells(study),
         "pair_columns": text.shown_methods(study),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from folora.comparison import compare
 from folora.errors import FoLoRAError
 from folora.paired import Pairing
-from folora.report.drift import at_best_rows, drift_rows, kl_interval
+from folora.report.drift import at_best_rows, drift_rows, kl_interval, task_rows
 
 if TYPE_CHECKING:
     from folora.comparison import Checkpoint, Comparison
@@ -37,6 +37,7 @@ class Study:
         intervals: of the last checkpoint of every seed at a method's best rate: ends by figure (target, kept, kl).
         drift: a row a method and text, from ``drift_rows``.
         at_best: a row a method and task that is asked at the best rate only, from ``at_best_rows``.
+        tasks: a row a task (the target and the kept ones) and method, from ``task_rows``.
     """
 
     comparison: Comparison
@@ -50,6 +51,7 @@ class Study:
     intervals: dict[Checkpoint, dict[str, tuple[float, float]]]
     drift: list[Record]
     at_best: list[Record]
+    tasks: list[Record]
 
     @property
     def name(self) -> str:
@@ -107,6 +109,7 @@ def _study(params: Params, inputs: Inputs, adaptation: str) -> Study:
         },
         drift=drift_rows(comparison, inputs),
         at_best=at_best_rows(comparison, inputs, params.evaluation.at_best),
+        tasks=task_rows(comparison, inputs, list(dict.fromkeys([*tasks["target"], *kept])), subject),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from folora.errors import redacted
-from folora.report.drift import at_best_cells, drift_cells
+from folora.report.drift import at_best_cells, drift_cells, task_cells
 from folora.report.tables import arm_row, mean_rows
 from folora.report.verdict import verdict
 from folora.selection import BASE
@@ -40,6 +40,11 @@ MEANS_NOTE = "Means over the adaptations, of the methods that ran on each of the
 DRIFT_NOTE = (
     "KL to the base model and perplexity, at the best rate, on text that the base model wrote (heldout) and on others; "
     "95 % bootstrap intervals over the rows of the text."
+)
+TASKS_NOTE = (
+    "The target and every kept task, at the best rate: the mean score, where that is a likelihood its log-loss (mean "
+    "of -log score, in nats a token; less is better), and differences on the same items; 95 % bootstrap intervals over "
+    "the items."
 )
 AT_BEST_NOTE = "Asked at the best rate only; 95 % bootstrap intervals over the items."
 SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
@@ -206,6 +211,8 @@ def markdown(studies: list[Study]) -> str:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
         parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
         parts += [_table(["method", *study.kept], kept_cells(study))]
+        tasks = task_cells(study.tasks)
+        parts += [f"{TASKS_NOTE}\n", _table(*tasks)] if tasks[1] else []
         parts += [f"{DRIFT_NOTE}\n", _table(*drift_cells(study.drift))]
         parts += [f"{AT_BEST_NOTE}\n", _table(*at_best_cells(study.at_best))] if study.at_best else []
         parts += [f"{pairs_note(study)}\n", _table(["method", *shown_methods(study)], pair_cells(study))]
