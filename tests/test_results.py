@@ -67,7 +67,7 @@ def test_figures_of_another_training_are_refused(pipeline: Pipeline, runs: Path,
     manifest = again / "lora" / LORA / "manifest.json"
     write_json(manifest, read_json(manifest) | {"model": "another"})
     stale = rf"lora/metrics\.parquet: no result of {LORA} as it is trained now: dvc repro evaluate@lora$"
-    places = Places(again, results, pipeline.foundation, pipeline.heldout)
+    places = Places(again, results, pipeline.foundation, pipeline.heldout, pipeline.task.parent)
     for use in (
         lambda: compare_runs(pipeline.params, REPLAY, LORA, again, results),
         lambda: pick_run(pipeline.params, "subtraction", 0.0, again, results),
