@@ -10,7 +10,9 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from folora.cli import app
 from folora.commands.export import Places, export_run, model_card, push_folder
 from folora.errors import FoLoRAError
 from folora.storage import FORMAT, read_json, read_table, write_json
@@ -54,6 +56,7 @@ def test_an_exported_adapter_is_the_run_s_with_a_card(
     assert f"Rows of `{task.dataset}`, by" in card.text
     assert f'\nprompt: "{task.prompt}"\nresponse: "{task.response}"\n```' in card.text
     assert card.data.datasets is None  # a file here is none of a hub
+    assert read_json(tmp_path / "out" / "adapter_config.json")["modules_to_save"] is None
     PeftModel.from_pretrained(pipeline.base.load_model(), tmp_path / "out")
 
 
@@ -83,6 +86,29 @@ def test_a_card_tells_of_no_other_rows_than_the_run_s(places: Places, pipeline: 
     with pytest.raises(FoLoRAError, match=refusal):
         export_run(pipeline.params, RUN, replace(places, rows=tmp_path), tmp_path / "out", merge=False)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--public"]])
+def test_a_pushed_folder_is_private_unless_said(
+    options: list[str], places: Places, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def create_repo(_: Any, repository: str, *, private: bool, exist_ok: bool) -> None:
+        asked.append((repository, private, exist_ok))
+
+    def upload_folder(_: Any, *, repo_id: str, folder_path: Path) -> str:
+        asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    export_run(pipeline.params, RUN, places, tmp_path / "out", merge=False)
+    said = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "me/mine", *options])
+    assert said.stdout == "https://hub/me/mine\n"
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert asked == [("me/mine", not options, True), ("me/mine", files)]
 
 
 def test_a_merged_model_stands_by_itself(places: Places, pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:
