@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from folora.commands.export import Places, export_run, push_folder
+from folora.cli import app
+from folora.commands.export import Places, export_run, model_card, push_folder
 from folora.errors import FoLoRAError
-from folora.storage import read_table
+from folora.storage import FORMAT, read_json, read_table, write_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +28,7 @@ IDS = torch.tensor([[1, 8, 5, 9, 20]])
 
 @pytest.fixture
 def places(pipeline: Pipeline, runs: Path, evaluations: Path) -> Places:
-    return Places(runs, evaluations, pipeline.foundation, pipeline.heldout)
+    return Places(runs, evaluations, pipeline.foundation, pipeline.heldout, pipeline.task.parent)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -46,9 +49,66 @@ def test_an_exported_adapter_is_the_run_s_with_a_card(
     *_, metrics = read_table(evaluations / "folora-replay" / "metrics.parquet")[0].to_pylist()
     results = {result.dataset_name: result.metric_value for result in card.data.eval_results}
     assert results == {"target": metrics["target"], "kept": metrics["kept"]}
+    assert {result.metric_type for result in card.data.eval_results} == {"score"}
     for line in (f"| kept/home | 0.000 | {metrics['kept/home']:.3f} |", "| `method.kind` | folora |"):
         assert line in card.text
+    task = pipeline.params.tasks["subtraction"]
+    assert f"Rows of `{task.dataset}`, by" in card.text
+    assert f'\nprompt: "{task.prompt}"\nresponse: "{task.response}"\n```' in card.text
+    assert card.data.datasets is None  # a file here is none of a hub
+    assert read_json(tmp_path / "out" / "adapter_config.json")["modules_to_save"] is None
     PeftModel.from_pretrained(pipeline.base.load_model(), tmp_path / "out")
+
+
+def test_a_card_names_a_hub_s_data_and_a_file_that_was_dequantised(
+    pipeline: Pipeline, runs: Path, tmp_path: Path
+) -> None:
+    source = {"dataset": "openai/gsm8k", "config": "main", "split": "train", "revision": None}
+    (tmp_path / "gsm8k").mkdir()
+    manifest = {"format": FORMAT, "artefact": "download", "download": source, "commit": "c0ffee"}
+    write_json(tmp_path / "gsm8k" / "manifest.json", manifest)
+    changes = {"dataset": str(tmp_path / "gsm8k"), "prompt": "{{ a }}\n=", "response": ' "{{ b }}"', "rows": 400}
+    task = pipeline.params.tasks["subtraction"].model_copy(update=changes)
+    gguf = {"file": "model.Q4_1.gguf", "digest": ""}
+    base = replace(pipeline.base, manifest=pipeline.base.manifest | {"gguf": gguf})
+    figures = {"target": 0.5, "kept": 0.5, "kl": 0.5}
+    run = read_json(runs / "folora-replay" / RUN / "manifest.json")
+    card = ModelCard(model_card(run, task.model_dump(), base, figures, figures, "", None))
+    assert card.data.datasets == ["openai/gsm8k"]
+    assert "Rows of `openai/gsm8k`, configuration main, split train, commit c0ffee, by" in card.text
+    assert '\nprompt: "{{ a }}\\n="\nresponse: " \\"{{ b }}\\""\nrows: 400\n```' in card.text
+    assert f"`{base.folder}` (the GGUF file `model.Q4_1.gguf`, dequantised)" in card.text
+
+
+def test_a_card_tells_of_no_other_rows_than_the_run_s(places: Places, pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "subtraction.parquet").write_bytes(pipeline.heldout.read_bytes())
+    refusal = rf"subtraction\.parquet: not the rows that {RUN} was trained on: dvc repro train@{RUN}$"
+    with pytest.raises(FoLoRAError, match=refusal):
+        export_run(pipeline.params, RUN, replace(places, rows=tmp_path), tmp_path / "out", merge=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["--public"]])
+def test_a_pushed_folder_is_private_unless_said(
+    options: list[str], places: Places, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def create_repo(_: Any, repository: str, *, private: bool, exist_ok: bool) -> None:
+        asked.append((repository, private, exist_ok))
+
+    def upload_folder(_: Any, *, repo_id: str, folder_path: Path) -> str:
+        asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+        return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    export_run(pipeline.params, RUN, places, tmp_path / "out", merge=False)
+    said = CliRunner().invoke(app, ["push", str(tmp_path / "out"), "me/mine", *options])
+    assert said.stdout == "https://hub/me/mine\n"
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert asked == [("me/mine", not options, True), ("me/mine", files)]
 
 
 def test_a_merged_model_stands_by_itself(places: Places, pipeline: Pipeline, runs: Path, tmp_path: Path) -> None:

@@ -255,7 +255,8 @@ def test_a_model_with_code_of_its_own_goes_through_the_pipeline(
     evaluate_base(params, base, pipeline.world, tmp_path / "heldout.parquet", tmp_path / "evaluations" / "base")
     adapted = load_checkpoint(base.load_model(), tmp_path / "runs" / METHOD / RUN / "adapter")(input_ids=ids).logits
     assert not torch.allclose(adapted, logits, atol=1e-4)
-    places = Places(tmp_path / "runs", tmp_path / "evaluations", tmp_path / "foundation", tmp_path / "heldout.parquet")
+    parts = ("runs", "evaluations", "foundation", "heldout.parquet", "task")
+    places = Places(*(tmp_path / part for part in parts))
     for merge in (False, True):
         export_run(params, RUN, places, tmp_path / f"out-{merge}", merge=merge)
         (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / f"out-{merge}" / "README.md").read_text(), re.DOTALL)

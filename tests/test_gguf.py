@@ -17,6 +17,7 @@ from folora.storage import digest_of_file, read_json
 if TYPE_CHECKING:
     from pathlib import Path
 
+Q4_1 = gguf.GGMLQuantizationType.Q4_1
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefghijkl", "ab"]
 NAMES = {  # of a block's tensors in GGUF, and how transformers calls them
     "attn_q": "self_attn.q_proj",
@@ -50,7 +51,11 @@ def original() -> LlamaForCausalLM:
 
 @pytest.fixture
 def file(original: LlamaForCausalLM, tmp_path: Path) -> Path:
-    path = tmp_path / "model.gguf"
+    return write_file(original, tmp_path / "model.gguf")
+
+
+def write_file(original: LlamaForCausalLM, path: Path, *quantised: str) -> Path:
+    """Its tensors in float32, but for those that are quantised to four bits."""
     config = original.config
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -80,7 +85,11 @@ def file(original: LlamaForCausalLM, tmp_path: Path) -> Path:
     tensors["output_norm.weight"] = weights["model.norm.weight"]
     tensors["output.weight"] = weights["lm_head.weight"]
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        values = tensor.contiguous().numpy()
+        if name in quantised:
+            writer.add_tensor(name, gguf.quants.quantize(values, Q4_1), raw_dtype=Q4_1)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,6 +106,19 @@ def test_a_gguf_file_is_converted_once(file: Path, original: LlamaForCausalLM, t
     assert base.load_tokenizer().bos_token_id == 1
     manifest = read_json(tmp_path / "foundation" / "manifest.json")
     assert manifest["gguf"] == {"file": "model.gguf", "digest": digest_of_file(file)}
+
+
+def test_a_quantised_tensor_is_read_dequantised(original: LlamaForCausalLM, tmp_path: Path) -> None:
+    """A row of 32 weights is one block of Q4_1: 16 values, evenly spaced between its least and its greatest."""
+    file = write_file(original, tmp_path / "model.gguf", "blk.0.ffn_gate.weight")
+    mlp = pin(file, tmp_path / "foundation").load_model().model.layers[0].mlp
+    weights = original.model.layers[0].mlp
+    rows = weights.gate_proj.weight
+    steps = (rows.amax(1, keepdim=True) - rows.amin(1, keepdim=True)) / 15
+    assert mlp.gate_proj.weight.dtype == torch.float32
+    assert all(len(row.unique()) <= 16 for row in mlp.gate_proj.weight)
+    assert ((mlp.gate_proj.weight - rows).abs() <= 0.52 * steps).all()  # half a step; the rest is its float16
+    assert torch.equal(mlp.up_proj.weight, weights.up_proj.weight)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -283,8 +283,10 @@ def test_page_of_the_pipeline(full: Path, pipeline: Pipeline, runs: Path) -> Non
     text = Page(full / "index.html").text
     assert "The report was made without" not in text
     assert pipeline.base.identity["model"] in text
-    adapter = runs / "folora-replay" / "folora-replay-1e-2-s0" / "adapter"
-    assert f"--lora-modules folora-replay-1e-2-s0={adapter}" in text
+    run = "folora-replay-1e-2-s0"
+    adapter = runs / "folora-replay" / run / "adapter"
+    served = f"--enable-lora --max-lora-rank 8 --lora-modules {run}={adapter}"
+    assert f"vllm serve {pipeline.foundation} {served}" in text
     assert f"{str(adapter)!r})" in text
     assert "share of the update that folora-replay keeps" in text
     assert "model.layers.0.self_attn.q_proj" in text

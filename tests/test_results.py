@@ -67,7 +67,7 @@ def test_figures_of_another_training_are_refused(pipeline: Pipeline, runs: Path,
     manifest = again / "lora" / LORA / "manifest.json"
     write_json(manifest, read_json(manifest) | {"model": "another"})
     stale = rf"lora/metrics\.parquet: no result of {LORA} as it is trained now: dvc repro evaluate@lora$"
-    places = Places(again, results, pipeline.foundation, pipeline.heldout)
+    places = Places(again, results, pipeline.foundation, pipeline.heldout, pipeline.task.parent)
     for use in (
         lambda: compare_runs(pipeline.params, REPLAY, LORA, again, results),
         lambda: pick_run(pipeline.params, "subtraction", 0.0, again, results),
@@ -152,13 +152,14 @@ def test_what_vllm_cannot_serve_as_an_adapter(pipeline: Pipeline, runs: Path, tm
     adapter = shutil.copytree(runs / "lora" / LORA / "adapter", tmp_path / "adapter")
     choice = Choice("mine", "subtraction", 1.0, 1.0, 1.0, 1.0, 0.1, str(adapter))
     config = read_json(adapter / "adapter_config.json")
-    for rank, served in ((9, 16), (300, 320), (900, 512)):
+    for rank, served in ((9, 16), (300, 320), (512, 512)):
         write_json(adapter / "adapter_config.json", config | {"r": rank})
         assert f"--max-lora-rank {served} " in usage(choice, pipeline.foundation).serve
-    write_json(adapter / "adapter_config.json", config | {"use_dora": True})
-    dora = usage(choice, pipeline.foundation)
-    assert "merge_and_unload" in dora.load
-    assert dora.serve.endswith(f"vllm serve mine --tokenizer {pipeline.foundation}")
+    for refused in ({"use_dora": True}, {"r": 513}):
+        write_json(adapter / "adapter_config.json", config | refused)
+        merged = usage(choice, pipeline.foundation)
+        assert "merge_and_unload" in merged.load
+        assert merged.serve.endswith(f"vllm serve mine --tokenizer {pipeline.foundation}")
     (adapter / "adapter_config.json").unlink()
     assert "load_checkpoint" in usage(choice, pipeline.foundation).load
 

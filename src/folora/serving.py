@@ -55,9 +55,9 @@ def usage_of(name: str, adapter: Path, model: str, *, code: bool = False) -> Usa
     config = read_adapter_config(adapter)
     load = f"model = PeftModel.from_pretrained({base}, {str(adapter)!r})"
     lines = ["from peft import PeftModel", TRANSFORMERS, load]
-    if config.use_dora:  # vLLM refuses it
+    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config.r), None)
+    if config.use_dora or rank is None:  # vLLM refuses DoRA, and an adapter of more than its largest rank
         return Usage("\n".join([*lines, "model = model.merge_and_unload()"]), whole)
-    rank = next((allowed for allowed in VLLM_RANKS if allowed >= config.r), VLLM_RANKS[-1])
     modules = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}={adapter}"
     return Usage("\n".join(lines), f"vllm serve {model}{trust} {modules}")
 

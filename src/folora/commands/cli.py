@@ -236,6 +236,7 @@ def export(
     evaluations: Evaluations = EVALUATIONS,
     foundation: Annotated[Path, typer.Option(help="Output of the foundation stage.")] = FOUNDATION,
     heldout: Annotated[Path, typer.Option(help="Held-out proxy text.")] = Path("artifacts/heldout.parquet"),
+    task_rows: Annotated[Path, typer.Option(help="Folder with the rows of every task.")] = Path("artifacts/task"),
     params_file: ParamsFile = DEFAULT_PARAMS,
 ) -> None:
     """Write a run's adapter, or the merged model, with a model card that says what it learned and what it kept."""
@@ -245,7 +246,7 @@ def export(
     from folora.params import load_params
     from folora.spread import gpu_count
 
-    params, places = load_params(params_file), Places(runs, evaluations, foundation, heldout)
+    params, places = load_params(params_file), Places(runs, evaluations, foundation, heldout, task_rows)
     with ExitStack() as held:
         if merge:
             take_devices(held, min(1, gpu_count(open_base(foundation).loading.device)))
