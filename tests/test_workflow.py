@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
-from workspace import change, make_workspace
+from workspace import change, make_workspace, run
 
 from folora.dag import Stage, _overlaps, below, resolve_stages
 from folora.devices import main_memory
@@ -43,7 +43,21 @@ def snakemake(*arguments: str, cwd: Path = ROOT) -> str:
 
 
 def test_both_runners_have_the_same_stages_and_edges(stages: dict[str, Stage]) -> None:
-    dot = snakemake("--dag", "dot", "--forceall", "--cores", "1")
+    same_graph(snakemake("--dag", "dot", "--forceall", "--cores", "1"), stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["ablations", "baselines"])
+def test_a_large_preset_is_one_graph_under_both_runners(preset: str, tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    shutil.copy(ROOT / "workflow" / "presets" / f"{preset}.yaml", workspace / "params.yaml")
+    with contextlib.chdir(workspace):
+        stages = resolve_stages(Path())
+    same_graph(run(workspace, "snakemake", "--dag", "dot", "--forceall", "--cores", "1"), stages)
+
+
+def same_graph(dot: str, stages: dict[str, Stage]) -> None:
+    """Assert that Snakemake's graph has the stages of DVC's, and their edges."""
     rules = dict(re.findall(r'(\d+)\[label = "([^"\\]+)', dot))
     found = {(rules[a], rules[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot)}
     assert set(rules.values()) - {"all"} == {stage.rule for stage in stages.values()}
