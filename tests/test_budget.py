@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -64,7 +65,7 @@ def test_runs_end_inside_their_budgets(seed: int, pipeline: Pipeline, tmp_path: 
     bare, padding = pipeline.base.load_model(), pipeline.base.load_tokenizer().pad_token_id
     text = HeldOutText(bare, read_table(pipeline.heldout)[0]["token_ids"].to_pylist(), 8, padding)
     kls: dict[float | None, list[float]] = {}
-    for budget in (3e-5, 1e-4, 2e-4, 4e-4, None):
+    for budget in (3e-5, 6e-5, 1e-4, 2e-4, 4e-4, None):
         methods = values["methods"] | {"lora": {"kind": "folora", "kl_budget": budget}}
         run = values["runs"][RUN] | {"seed": seed, "learning_rate": 0.02}
         params = Params.model_validate(values | {"methods": methods, "runs": values["runs"] | {RUN: run}})
@@ -90,11 +91,34 @@ def test_a_model_that_diverged_is_not_drawn_back() -> None:
 
 
 @pytest.mark.usefixtures("in_tmp")
-def test_a_method_that_edits_the_base_refuses_a_budget(pipeline: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [1e-4, 10.0])
+def test_a_run_says_how_its_budget_ended(
+    budget: float, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = pipeline.values()
-    methods = values["methods"] | {"lora": {"kind": "pissa", "kl_budget": 0.1}}
+    methods = values["methods"] | {"lora": {"kind": "lora", "kl_budget": budget}}
+    run = values["runs"][RUN] | {"learning_rate": 0.02}
+    params = Params.model_validate(values | {"methods": methods, "runs": values["runs"] | {RUN: run}})
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
+    train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
+    kl = read_table(tmp_path / "run" / "history.parquet")[0]["kl"].to_pylist()[-1]
+    rows = read_table(pipeline.heldout)[0]["token_ids"].to_pylist()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kl_budget")]
+    ended = f"kl_budget: {budget:g} nats per token; KL at the end {kl:g}"
+    assert line.startswith(f"{ended}, on {sum(map(len, rows)) - len(rows)} tokens of {len(rows)} held-out rows; ")
+    assert re.search(f"; times that the change was scaled back: {r'[1-9][0-9]*' if budget < 1 else 0}$", line)
+
+
+REFUSED = ["pissa", "olora", "milora", "corda", "lora-null", "sc-lora", "dora", "osf", "full"]  # as the guide says
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_change_that_cannot_be_scaled_refuses_a_budget(kind: str, pipeline: Pipeline, tmp_path: Path) -> None:
+    values = pipeline.values()
+    methods = values["methods"] | {"lora": {"kind": kind, "kl_budget": 0.1}}
     params = Params.model_validate(values | {"methods": methods})
     inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
-    with pytest.raises(FoLoRAError, match=r"methods\.lora\.kl_budget: the change of pissa cannot be scaled back"):
+    with pytest.raises(FoLoRAError, match=rf"methods\.lora\.kl_budget: the change of {kind} cannot be scaled back"):
         train_run(params, RUN, pipeline.base, inputs, tmp_path / "run")
     assert not (tmp_path / "run").exists()

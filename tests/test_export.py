@@ -15,13 +15,17 @@ from typer.testing import CliRunner
 from folora.cli import app
 from folora.commands.export import Places, export_run, model_card, push_folder
 from folora.errors import FoLoRAError
+from folora.evaluate import evaluate_method
+from folora.params import Params
 from folora.storage import FORMAT, read_json, read_table, write_json
+from folora.train import TrainInputs, train_run
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Pipeline
 
+LORA = "lora-3e-3-s0"
 RUN = "folora-replay-1e-2-s0"
 IDS = torch.tensor([[1, 8, 5, 9, 20]])
 
@@ -129,6 +133,26 @@ def test_what_cannot_be_exported_is_named(places: Places, pipeline: Pipeline, tm
     with pytest.raises(FoLoRAError, match="holds no model card"):
         push_folder(tmp_path, "me/mine", private=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("in_tmp")
+@pytest.mark.parametrize("kind", ["full", "osf"])
+def test_changed_weights_are_exported_merged_alone(
+    kind: str, places: Places, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    values = pipeline.values()
+    params = Params.model_validate(values | {"methods": values["methods"] | {"lora": {"kind": kind}}})
+    inputs = TrainInputs(pipeline.task, pipeline.proxy, pipeline.heldout, pipeline.spectra)
+    train_run(params, LORA, pipeline.base, inputs, tmp_path / "runs" / "lora" / LORA)
+    own = replace(places, runs=tmp_path / "runs", evaluations=tmp_path / "evaluation")
+    measured = (pipeline.base, pipeline.world, pipeline.heldout)
+    evaluate_method(params, "lora", *measured, own.runs / "lora", own.evaluations / "lora")
+    (own.evaluations / "base").symlink_to(places.evaluations / "base")
+    with pytest.raises(FoLoRAError) as refused:
+        export_run(params, LORA, own, tmp_path / "out", merge=False)
+    assert str(refused.value) == f"{LORA}: changed whole weights, which no adapter holds: --merge writes the model"
+    assert not (tmp_path / "out").exists()
+    assert export_run(params, LORA, own, tmp_path / "out", merge=True) == 0
 
 
 def test_no_folder_of_another_kind_is_replaced(places: Places, pipeline: Pipeline, tmp_path: Path) -> None:

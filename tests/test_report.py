@@ -22,7 +22,7 @@ from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.report import write_report
 from folora.report.drift import TASK_FIGURES, task_rows
-from folora.report.text import MEANS_NOTE, TASKS_NOTE
+from folora.report.text import BUDGETS_NOTE, MEANS_NOTE, TASKS_NOTE
 from folora.significance import RESAMPLES, SEED
 from folora.storage import digest_of_file, read_json, read_table, read_tensors, write_table, write_tensors
 
@@ -421,6 +421,21 @@ def test_tasks_scored_by_likelihood_have_a_log_loss(tmp_path: Path, params: Para
                 cells.append("{:z.3f} [{:z.3f}, {:z.3f}]".format(*map(float, found)))
         assert f"| {method} | {task} | {' | '.join(cells)} |" in text
         assert "".join(f"<td>{cell}</td>" for cell in (task, *cells)) in page
+
+
+def test_budgets_stand_beside_the_kl(report: Path, tmp_path: Path) -> None:
+    content = values(["subtraction"])
+    content["methods"]["lora"]["kl_budget"] = 1.25
+    write_results(tmp_path / "evaluation", ["subtraction"])
+    write_report(Params.model_validate(content), tmp_path / "evaluation", tmp_path / "report")
+    summary = {row["method"]: row for row in read_csv(tmp_path / "report" / "summary.csv")}
+    assert (summary["lora"]["kl_budget"], summary["lora"]["greatest_kl"]) == ("1.25", "1.0")
+    assert summary["base"]["kl_budget"] == summary["folora-replay"]["kl_budget"] == ""
+    assert "| lora | 1.25 | 1 | 1 |\n\n" in (tmp_path / "report" / "summary.md").read_text()
+    assert BUDGETS_NOTE in Page(tmp_path / "report" / "index.html").text
+    # nothing of it without a budget
+    assert "kl_budget" not in "".join((report / f"summary.{end}").read_text() for end in ("csv", "md"))
+    assert BUDGETS_NOTE not in (report / "index.html").read_text()
 
 
 def test_without_likelihoods_there_is_no_log_loss(report: Path) -> None:

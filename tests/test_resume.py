@@ -103,10 +103,19 @@ def steps_taken(monkeypatch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]
 @pytest.mark.usefixtures("often")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_training_goes_on_and_gets_the_same_bytes(
-    pipeline: Pipeline, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: Pipeline,
+    method: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The Trainer logs at steps 1, 3, 6 and 9; this one dies in its eighth step, and in its seventh the next time."""
+
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("kl_budget")]
+
     train(pipeline, METHODS[method], tmp_path / "undisturbed")
+    undisturbed = said()
     for limit, expected in ((7, 8), (0, 1)):
         with monkeypatch.context() as patched:
             steps = steps_taken(patched, limit)
@@ -117,6 +126,7 @@ def test_a_killed_training_goes_on_and_gets_the_same_bytes(
         steps = steps_taken(patched)
         train(pipeline, METHODS[method], tmp_path / "run")
         assert steps == [3]
+    assert said() == undisturbed  # how often it was drawn back, too
     assert contents(tmp_path / "run") == contents(tmp_path / "undisturbed")
     assert not list(SCRATCH.iterdir())
     assert not list(tmp_path.glob(".*.partial"))

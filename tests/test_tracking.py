@@ -346,6 +346,20 @@ def test_weights_of_the_base_model_are_not_sent(pipeline: Pipeline, store: Track
     assert not client_of(store.uri).search_logged_models([run.info.experiment_id])
 
 
+def test_a_budget_stands_beside_the_kl_it_ended_at(pipeline: Pipeline, store: Tracking, tmp_path: Path) -> None:
+    values = pipeline.values()
+    methods = values["methods"] | {"lora": {"kind": "lora", "kl_budget": 1e-5}}
+    params = type(pipeline.params).model_validate(values | {"methods": methods, "tracking": store.model_dump()})
+    train_run(params, LORA, pipeline.base, inputs_of(pipeline), tmp_path / LORA)
+    kl = read_table(tmp_path / LORA / "history.parquet")[0]["kl"].to_pylist()[-1]
+    expected = {"budget/allowed": 1e-5, "budget/kl": kl}
+    (run,) = logged(store)
+    assert run.data.metrics.items() >= expected.items()
+    shutil.rmtree(".folora/tracking")  # the artefacts alone say it too
+    found = {one.key: one.value for one in read_record(tmp_path / LORA, [], {}).readings}
+    assert found.items() >= expected.items()
+
+
 def logged_live(pipeline: Pipeline) -> dict[tuple[str, str], set[tuple[int, float]]]:
     """What the runs of the fixtures logged while they ran."""
     return {place: set(values) for place, values in histories(pipeline.logged.tracking).items()}

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 READING = "reading"  # within what the Trainer logs, and saves with its state
+DRAWN_BACK = "drawn_back"  # within a reading
 COLUMNS = ("step", "loss", "learning_rate", "grad_norm", "penalty", "utility", "kl")  # of the history
 
 
@@ -56,6 +57,7 @@ class Recorder(TrainerCallback):
         self._meter = ForgettingMeter(adapted.groups)
         self._budget = budget
         self._inside: tuple[int, float] | None = None  # the step that the budget was held at last, and its KL
+        self.drawn_back = 0  # how often the change was scaled to hold it
         self._due = due
         self._tokens, self._since = 0, time.perf_counter()
         self._begun, self._steps = 0.0, list[float]()
@@ -81,6 +83,7 @@ class Recorder(TrainerCallback):
         """Start the clock; a training that goes on brings along what it has logged."""
         del args, control
         self._logged = state.log_history
+        self.drawn_back = self._readings[-1][DRAWN_BACK] if self._readings else 0
         self._tokens, self._since = state.num_input_tokens_seen, time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -124,7 +127,7 @@ class Recorder(TrainerCallback):
             **self._meter.read(),
             "kl": kl,
         }
-        state.log_history[-1][READING] = {"step": step, **reading}
+        state.log_history[-1][READING] = {"step": step, **reading, DRAWN_BACK: self.drawn_back}
         # speed differs from one training to the next and stays out of the history, whose bytes do not
         logged = {**reading, "tokens_per_second": speed}
         if self._log:
@@ -135,11 +138,15 @@ class Recorder(TrainerCallback):
         """KL to the base on the held-out text, after drawing the model back inside its budget."""
         model = self._adapted.model
         model.eval()
+        measured = 0
 
         def measure() -> float:
+            nonlocal measured
+            measured += 1
             return from_first(self._text.measure(model, self._adapted.base_logits).kl)  # so that all draw back alike
 
         kl = measure() if self._budget is None else keep_inside(self._adapted, measure, self._budget)
+        self.drawn_back += measured - 1
         model.train()
         return kl
 
@@ -147,8 +154,16 @@ class Recorder(TrainerCallback):
         """The history as an Arrow table, one row a reading."""
         import pyarrow as pa
 
-        readings = [logged[READING] for logged in self._logged if READING in logged]
-        return pa.table({name: [reading[name] for reading in readings] for name in COLUMNS})
+        return pa.table({name: [reading[name] for reading in self._readings] for name in COLUMNS})
+
+    @property
+    def last_kl(self) -> float:
+        """KL to the base at the last reading: of a finished training, at its end."""
+        return float(self._readings[-1]["kl"])
+
+    @property
+    def _readings(self) -> list[dict[str, Any]]:
+        return [logged[READING] for logged in self._logged if READING in logged]
 
 
 def _finite(figure: str, value: float, step: int) -> float:

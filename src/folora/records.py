@@ -111,6 +111,7 @@ class MethodEntry(Part):
     """Its method's."""
 
     kind: str
+    kl_budget: float | None = None
 
 
 class RunParams(Part):
@@ -250,11 +251,14 @@ def read_record(folder: Path, results: list[dict[str, Any]], source: dict[str, s
     """
     manifest = read_manifest(folder)
     path = folder / HISTORY_FILE
-    history, about = read_table(path, {"step": "int64"}, artefact="history", run=manifest["run"])
+    history, about = read_table(path, {"step": "int64", "kl": "double"}, artefact="history", run=manifest["run"])
     gates = fields_of(path, HistoryManifest, about).gates
     card = card_of(manifest)
     tags, journal = read_journal(card.digest)
-    rows = [*history_readings(history.to_pylist(), gates), *evaluation_readings(results)]
+    curves, budget = history.to_pylist(), manifest["params"]["method"].get("kl_budget")
+    rows = [*history_readings(curves, gates), *evaluation_readings(results)]
+    if budget and curves:
+        rows += [(key, value, 0) for key, value in budget_figures(budget, curves[-1]["kl"]).items()]
     now = int(time.time() * 1000)
     merged = {(key, step): Reading(key, value, step, now) for key, value, step in rows}
     merged |= {(reading.key, reading.step): reading for reading in journal}
@@ -299,6 +303,11 @@ def history_readings(rows: list[dict[str, float]], gates: dict[str, float]) -> l
     """Key, value and step of the curves and of the gates, which are constant."""
     curves = [(f"train/{key}", row[key], int(row["step"])) for row in rows for key in row if key != "step"]
     return [*curves, *((f"gate/{name}", gate, 0) for name, gate in gates.items())]
+
+
+def budget_figures(budget: float, kl: float) -> dict[str, float]:
+    """A KL budget and what training ended at."""
+    return {"budget/allowed": budget, "budget/kl": kl}
 
 
 def evaluation_readings(rows: list[dict[str, Any]]) -> list[tuple[str, float, int]]:

@@ -51,8 +51,9 @@ group by the tag `method`. Chart: select all runs, *Compare*, *Scatter Plot* wit
 right learned the task and kept the rest. In *Charts*, `train/kl` against the step shows when each run forgets.
 
 `target`, `validation`, `kept`, `kept/TASK`, `kl` and `perplexity` are measured at each checkpoint's step on the test \
-data, `train/*` while training, `gate/*` is the mean gate of a layer input, `system/*` the machine. Each run's adapter \
-is a logged model. `folora publish` sends what is missing here.
+data, `train/*` while training, `gate/*` is the mean gate of a layer input, `budget/*` a `kl_budget` and the KL that \
+training ended at, `system/*` the machine. Each run's adapter is a logged model. `folora publish` sends what is \
+missing here.
 """
 
 

@@ -25,7 +25,7 @@ from folora.objective import Objective
 from folora.optimizer import check_first_step
 from folora.params import run_params
 from folora.recorder import Recorder
-from folora.records import card_of, peft_adapter, source_tags
+from folora.records import budget_figures, card_of, peft_adapter, source_tags
 from folora.resume import STATES_KEPT, ResumableTrainer, StateSaver, last_state, step_of
 from folora.rows import HELDOUT, PROXY_COLUMNS, masked_rows
 from folora.schedule import batch_rows, checkpoint_steps, equal_token_steps
@@ -80,6 +80,7 @@ class Training:
         tokenizer: pads the batches.
         rows: the schedule.
         text: measures the KL to the base.
+        measured: the rows of that text.
         covered: what of the model is adapted.
     """
 
@@ -89,6 +90,7 @@ class Training:
     tokenizer: PreTrainedTokenizerBase
     rows: ScheduledRows
     text: HeldOutText
+    measured: list[list[int]]
     covered: list[Covered]
 
     @property
@@ -195,6 +197,9 @@ def train_run(
             checkpoints = unfinished / CHECKPOINTS
             recorder = training.recorder(checkpoints, log)
             training.fit(recorder, *processes.from_first((unfinished, state)))
+            if training.method.kl_budget:
+                print(budget_outcome(training, recorder))
+                log.constants(budget_figures(training.method.kl_budget, recorder.last_kl))
             adapted.save(folder / ADAPTER)
             size = sum(parameter.numel() for parameter in adapted.trained)
             about = {"artefact": "history", "run": name, "gates": recorder.gates, "trainable": size, **rounding}
@@ -248,7 +253,15 @@ def prepare(params: Params, name: str, base: Base, inputs: TrainInputs, *, shard
     rows = ScheduledRows(
         [task_row(*row) for row in task_rows], [full_row(ids) for ids in proxy], params, run.seed, method
     )
-    return Training(params, run, adapted, tokenizer, rows, text, covered)
+    return Training(params, run, adapted, tokenizer, rows, text, measured, covered)
+
+
+def budget_outcome(training: Training, recorder: Recorder) -> str:
+    """A line on a KL budget at the end: what was allowed, what was measured, and on which text."""
+    tokens = sum(len(ids) - 1 for ids in training.measured)
+    text = f"{tokens} tokens of {len(training.measured)} held-out rows"
+    ended = f"{training.method.kl_budget:g} nats per token; KL at the end {recorder.last_kl:g}, on {text}"
+    return f"kl_budget: {ended}; times that the change was scaled back: {recorder.drawn_back}"
 
 
 def run_manifest(params: Params, name: str, base: Base, inputs: TrainInputs) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "area_note": text.area_note(study),
         "arms": text.arm_cells(study),
         "differences": text.difference_cells(study),
+        "budgets": text.budget_cells(study),
         "costs": text.cost_cells(study),
         "drift": drift_cells(study.drift),
         "tasks": task_cells(study.tasks),

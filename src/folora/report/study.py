@@ -38,6 +38,7 @@ class Study:
         drift: a row a method and text, from ``drift_rows``.
         at_best: a row a method and task that is asked at the best rate only, from ``at_best_rows``.
         tasks: a row a task (the target and the kept ones) and method, from ``task_rows``.
+        budgets: ``kl_budget`` of every method that has one.
     """
 
     comparison: Comparison
@@ -52,6 +53,7 @@ class Study:
     drift: list[Record]
     at_best: list[Record]
     tasks: list[Record]
+    budgets: dict[str, float]
 
     @property
     def name(self) -> str:
@@ -110,6 +112,7 @@ def _study(params: Params, inputs: Inputs, adaptation: str) -> Study:
         drift=drift_rows(comparison, inputs),
         at_best=at_best_rows(comparison, inputs, params.evaluation.at_best),
         tasks=task_rows(comparison, inputs, list(dict.fromkeys([*tasks["target"], *kept])), subject),
+        budgets={name: budget for name in comparison.arms if (budget := params.methods[name].kl_budget)},
     )
 
 

@@ -40,7 +40,11 @@ def arm_row(study: Study, method: str) -> Record:
         row |= {name: getattr(difference, "value", None)}
         row |= {f"{name}_{part}": getattr(difference, part, None) for part in ("low", "high", "p")}
     final = next(iter(arm.finals.values()))
-    return row | {name: study.record(final)[name] for name in COSTS}
+    row |= {name: study.record(final)[name] for name in COSTS}
+    if method in study.budgets:
+        kls = [record["kl"] for record in study.records if record["method"] == method]
+        row |= {"kl_budget": study.budgets[method], "greatest_kl": max(kls)}
+    return row
 
 
 def summary_rows(studies: list[Study]) -> list[Record]:

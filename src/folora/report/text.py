@@ -46,6 +46,11 @@ TASKS_NOTE = (
     "of -log score, in nats a token; less is better), and differences on the same items; 95 % bootstrap intervals over "
     "the items."
 )
+BUDGETS = ["method", "kl_budget", "KL", "greatest KL"]
+BUDGETS_NOTE = (
+    "Budgets of KL to the base model, and what was measured on the same held-out text: at the best rate (mean over "
+    "seeds), and at most over all runs and checkpoints of the method."
+)
 AT_BEST_NOTE = "Asked at the best rate only; 95 % bootstrap intervals over the items."
 SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
 WIDTH = 100
@@ -133,6 +138,12 @@ def cost_cells(study: Study) -> list[list[str]]:
     return made
 
 
+def budget_cells(study: Study) -> list[list[str]]:
+    """The methods with a KL budget as cells, after ``BUDGETS``."""
+    rows = [arm_row(study, method) for method in study.budgets]
+    return [[row["method"], *(f"{row[name]:.3g}" for name in ("kl_budget", "kl", "greatest_kl"))] for row in rows]
+
+
 def kept_cells(study: Study) -> list[list[str]]:
     """Accuracy of each kept task as cells, one row a method."""
     figures = {BASE: study.comparison.base} | {name: arm.figures for name, arm in study.comparison.arms.items()}
@@ -210,6 +221,7 @@ def markdown(studies: list[Study]) -> str:
     for study in studies:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
         parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
+        parts += [f"{BUDGETS_NOTE}\n", _table(BUDGETS, budget_cells(study))] if study.budgets else []
         parts += [_table(["method", *study.kept], kept_cells(study))]
         tasks = task_cells(study.tasks)
         parts += [f"{TASKS_NOTE}\n", _table(*tasks)] if tasks[1] else []
