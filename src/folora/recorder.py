@@ -83,7 +83,7 @@ class Recorder(TrainerCallback):
         """Start the clock; a training that goes on brings along what it has logged."""
         del args, control
         self._logged = state.log_history
-        self.drawn_back = self._readings[-1][DRAWN_BACK] if self._readings else 0
+        self.drawn_back = self._readings[-1].get(DRAWN_BACK, 0) if self._readings else 0  # an older state has none
         self._tokens, self._since = state.num_input_tokens_seen, time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
