@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import Row, spread
+from bench import Row, spread, verdict
 from growth import table
 
 BEGIN, END = "<!-- made by benchmarks/table.py: begin -->", "<!-- end -->"
@@ -71,8 +71,8 @@ def lines(records: list[dict[str, Any]]) -> list[str]:
         assert record["size"] == "full", f"{record['benchmark']}: run it with --size full"
         for row in (Row(**one) for one in record["rows"]):
             timed = [spread(values, row.unit) if values else "" for values in (row.ours, row.theirs)]
-            verdict = "; ".join(filter(None, ["holds" if row.holds else "**falls short**", row.note]))
-            rows.append([row.what, row.peer, row.work, *timed, f"{row.ratio:.2f}", row.required, verdict])
+            cells = [row.what, row.peer, row.work, *timed, f"{row.ratio:.2f}", row.required]
+            rows.append([*cells, verdict(row, "**falls short**")])
     return ["| " + " | ".join(cells) + " |" for cells in rows]
 
 
