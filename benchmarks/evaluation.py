@@ -5,10 +5,11 @@ Both ask and score the same items; ours keeps a record of each as well.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ from folora.world import write_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from folora.storage import Record
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,27 +42,38 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
         tasks = Path(folder) / "world"
         harness = Harness(tasks, params.evaluation, tokenizer)
         own = {name: task for asked in names for name, task in harness.tasks(asked).items()}
+        records = harness.answers(model, names)
+        check_equal(records, peer(model, tokenizer, own, params.evaluation.batch_size))
         ours, *theirs = alternate(
             repeats,
             partial(harness.answers, model, names),
             *(partial(peer, model, tokenizer, own, batch) for batch in batches),
         )
-        items = len(harness.answers(model, names))
     best = min(range(len(batches)), key=lambda one: median(theirs[one]))
-    work = f"{items:,} items of {len(names)} tasks, offline model"
+    work = f"{len(records):,} items of {len(names)} tasks, offline model"
     note = f"ours at batch {params.evaluation.batch_size}, and kept; peer at {batches[best]}"
     yield faster("evaluation", "lm-eval's evaluate with its HFLM", work, ours, theirs[best], 1, note)
 
 
-def peer(model: Any, tokenizer: Any, tasks: dict[str, Any], batch: int) -> None:
-    """The harness with its own model."""
+def peer(model: Any, tokenizer: Any, tasks: dict[str, Any], batch: int) -> Any:
+    """What the harness finds with its own model."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, add_bos_token=True)
     lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
     groups: dict[str, Any] = {"tasks": tasks, "groups": {}, "group_map": {}}
-    evaluate(lm, groups, bootstrap_iters=0, verbosity="ERROR")
+    return evaluate(lm, groups, bootstrap_iters=0, verbosity="ERROR")
+
+
+def check_equal(records: list[Record], found: Any) -> None:
+    """See that scores are the harness's, and answers too: a model with random weights scores zero."""
+    for name, samples in found["samples"].items():
+        own = [record for record in records if record["task"] == name]
+        score = found["results"][name]["exact_match,none"]  # as all tasks of the preset are scored
+        assert math.isclose(fmean(record["score"] for record in own), score, abs_tol=1e-12), name
+        answers = [sample["filtered_resps"][0] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+        assert [record["answer"] for record in own] == answers, name
 
 
 if __name__ == "__main__":

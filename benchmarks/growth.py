@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from spectrum import moments, whole
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-from folora.moments import collect
+from folora.moments import Moments, collect
 from folora.optimizer import GatedAdam
 
 if TYPE_CHECKING:
@@ -40,13 +40,15 @@ def series(size: str) -> Iterator[tuple[str, str, int, Callable[[], Any]]]:
         yield "moments over 1,024 tokens", "width", width, partial(accumulate, width, 1024, 1)
     for layers in (1, 2) if small else (1, 2, 4, 8, 16):
         yield "moments of inputs of width 576, 1,024 tokens", "layers", layers, partial(accumulate, 576, 1024, layers)
+    for shards in (1, 2) if small else (1, 2, 4, 8):
+        yield "moments of one input of width 576, 8,192 tokens, and their sum", "shards", shards, partial(added, shards)
     for width in (64, 128) if small else (256, 512, 1024, 2048):
         yield "spectrum of one input", "width", width, partial(whole, [moments(width)])
     for width in (64, 128) if small else (256, 512, 1024, 2048, 4096):
         yield f"step of an A of rank {RANK}", "width", width, stepper(width).step
 
 
-def accumulate(width: int, tokens: int, layers: int) -> None:
+def accumulate(width: int, tokens: int, layers: int) -> Moments:
     """Moments of so many inputs over one batch."""
     linear = {str(number): nn.Linear(width, 1, bias=False) for number in range(layers)}
     x = torch.ones(1, tokens, width)
@@ -54,6 +56,12 @@ def accumulate(width: int, tokens: int, layers: int) -> None:
         collector.select(torch.ones(1, tokens, dtype=torch.bool))
         for layer in linear.values():
             layer(x)
+    return collector.moments
+
+
+def added(shards: int) -> Moments:
+    """Moments of the same tokens in so many shards, one after another, and their sum."""
+    return reduce(Moments.plus, (accumulate(576, 8192 // shards, 1) for _ in range(shards)))
 
 
 def stepper(width: int) -> GatedAdam:
@@ -98,7 +106,7 @@ def plot(points: list[dict[str, Any]]) -> alt.Chart:
     """Seconds against what grows, both logarithmic: a straight line is a power."""
     scale = alt.Scale(type="log")
     encoding = {
-        "x": alt.X("amount:Q", scale=scale, title="tokens, width or layers"),
+        "x": alt.X("amount:Q", scale=scale, title="tokens, width, layers or shards"),
         "y": alt.Y("seconds:Q", scale=scale),
         "color": alt.Color("what:N", title=None, legend=alt.Legend(labelLimit=400, orient="bottom", columns=2)),
     }

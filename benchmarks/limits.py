@@ -7,7 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from bench import Row, alternate, main
+from bench import MEASURED, Row, alternate, main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ def rate(what: str, work: str, amount: int, repeats: int, run: partial[None]) ->
     """A row without a bound."""
     times = alternate(repeats, run)[0]
     billions = amount / median(times) / 1e9
-    return Row(what, "billions a second", work, "measured", holds=True, ratio=billions, ours=times, theirs=[1.0])
+    return Row(what, "billions a second", work, MEASURED, holds=True, ratio=billions, ours=times, theirs=[1.0])
 
 
 def product(matrix: torch.Tensor) -> None:

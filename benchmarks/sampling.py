@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+SMALL, MOST = 64, 3  # a larger batch takes minutes, and is repeated so often at most
+
+
 def rows(size: str, repeats: int) -> Iterator[Row]:
     """Tokens a second at every batch size, and the best of both."""
     model = sized(size)
-    steps, sizes = (64, (16, 32, 64)) if size == "full" else (8, (4, 8))
+    steps, sizes = (64, (16, 32, 64, 128, 256)) if size == "full" else (8, (4, 8))
     seconds = {
-        batch: alternate(repeats, partial(ours, model, batch, steps), partial(theirs, model, batch, steps))
+        batch: alternate(
+            min(repeats, MOST) if batch > SMALL else repeats,
+            partial(ours, model, batch, steps),
+            partial(theirs, model, batch, steps),
+        )
         for batch in sizes
     }
     best = [min(sizes, key=lambda batch: median(seconds[batch][one]) / batch) for one in (0, 1)]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PARAMS = "from pathlib import Path; from folora.params import load_params; load_params(Path('params.yaml'))"
-STAGES = {  # what cli.py imports before the stage begins
+COMMON = "import folora.cli, folora.devices, folora.spread, folora.storage"  # what every stage imports first
+STAGES = {  # what cli.py imports then, before the stage begins
     "spectrum": ("import torch", 2.5, "import folora.base, folora.spectrum"),
     "report": ("import torch", 2.5, "import folora.report, folora.report.page"),
     "covariance": ("import torch, transformers, peft", 1.2, "import folora.base, folora.covariance, transformers"),
@@ -25,7 +26,7 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
     """Start Python with what a stage imports, and with the libraries alone; in the folder of a workspace."""
     stages = STAGES if size == "full" else {"spectrum": STAGES["spectrum"]}
     for stage, (libraries, bound, modules) in stages.items():
-        ours, theirs = alternate(repeats, partial(python, f"{modules}; {PARAMS}"), partial(python, libraries))
+        ours, theirs = alternate(repeats, partial(python, f"{COMMON}; {PARAMS}; {modules}"), partial(python, libraries))
         yield within(f"start of {stage}", libraries, "imports and params.yaml", ours, theirs, bound)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DIRECTIONS = 512
+RANK = 1024  # of the moments, beside a diagonal
 LLAMA_DOWN = 14_336
 
 
@@ -31,7 +32,11 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
     some = alternate(1 if size == "full" else repeats, partial(run, *moments(wide), directions))[0]
     what, peer = f"{directions} directions of an input of width {wide:,}", "all directions, extrapolated"
     times = ", ".join(f"{d:,}: {seconds:.2g} s" for d, seconds in whole.items())
-    yield faster(what, peer, "one input", some, [cubic], 5, f"by d³ from the last of {times}")
+    note = (
+        f"by d³ from the last of {times}; repeats: {len(some)} of ours, {repeats} of each whole solution; "
+        f"moments of rank {RANK:,} plus a diagonal"
+    )
+    yield faster(what, peer, "one input", some, [cubic], 5, note)
     memory = peak_memory(partial(prepare, wide, directions))
     square = peak_memory(partial(prepare, measured[-1], None)) * (wide / measured[-1]) ** 2
     row = faster("the same, memory beyond the moments", peer, "one input", [memory], [square], 2, "by d²")
@@ -52,7 +57,7 @@ def run(penalty: Tensor, utility: Tensor, directions: int | None) -> None:
 def moments(width: int) -> tuple[Tensor, Tensor]:
     """Second moments with spectra that fall off: a diagonal and fewer tokens than channels, to be made quickly."""
     pair = []
-    for seed, count in ((1, 1024), (2, 1024)):
+    for seed, count in ((1, RANK), (2, RANK)):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(min(count, width), width, generator=generator)
         x *= torch.logspace(0, -2, width)[torch.randperm(width, generator=generator)]
