@@ -96,7 +96,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "area_note": text.area_note(study),
         "arms": text.arm_cells(study),
         "differences": text.difference_cells(study),
-        "costs": text.cost_cells(study),
+        "costs": text.cost_cells(study, params),
         "drift": drift_cells(study.drift),
         "tasks": task_cells(study.tasks),
         "at_best": at_best_cells(study.at_best),
