@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
 from small import GROUPS, RANK, adapt, assert_near, layer_spectrum, noise, optimizer, pairs, push
+from typer.testing import CliRunner
 
+from folora.cli import app
 from folora.gate import soft_gate
 from folora.meter import change
 from folora.methods import describe_kinds, kinds, method_from
@@ -172,6 +175,19 @@ def test_every_kind_describes_itself() -> None:
         rank = adapted.layers[0].factors()[0].shape[1]
         if one["export"].startswith("LoRA of rank"):
             assert rank == (2 * RANK if "2r" in one["export"] else RANK)
+
+
+def test_what_goes_with_every_kind_is_listed_beside_the_kinds() -> None:
+    listed = json.loads(CliRunner().invoke(app, ["methods", "--json"]).stdout)
+    assert listed["kinds"] == describe_kinds()
+    options = {one["option"]: one for one in listed["with_any"]}
+    assert list(options) == list(Method.model_fields)
+    assert all(one["meaning"] for one in options.values())
+    assert {name: one["paper"] for name, one in options.items() if one["paper"]} == {"mask_target": "2605.29498"}
+    assert "arXiv" not in options["mask_target"]["meaning"]
+    table = CliRunner().invoke(app, ["methods"]).stdout
+    _, _, below = table.partition("With any of them")
+    assert all(name in below for name in options)
 
 
 @pytest.fixture

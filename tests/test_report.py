@@ -22,7 +22,7 @@ from folora.errors import FoLoRAError
 from folora.params import Params
 from folora.report import write_report
 from folora.report.drift import TASK_FIGURES, task_rows
-from folora.report.text import BUDGETS_NOTE, MEANS_NOTE, TASKS_NOTE
+from folora.report.text import BUDGETS_NOTE, COSTS_NOTE, MEANS_NOTE, RATE_NOTE, TASKS_NOTE, differences_note
 from folora.significance import RESAMPLES, SEED
 from folora.storage import digest_of_file, read_json, read_table, read_tensors, write_table, write_tensors
 
@@ -332,6 +332,67 @@ def test_tables(report: Path) -> None:
     assert float(kept["lora", "home"]["change"]) == pytest.approx(-0.5)
     assert float(kept["lora", "home"]["p"]) == pytest.approx(4 * 2 / 2**10)  # Holm, the smallest of four
     assert "–" in (report / "summary.md").read_text()
+
+
+def test_both_tell_what_is_trained_and_which_differences_are_told_apart(report: Path) -> None:
+    text, page = (report / "summary.md").read_text(), Page(report / "index.html").text
+    row = next(row for row in read_csv(report / "summary.csv") if row["method"] == "folora-replay")
+    cells = []
+    for figure in ("kept", "target"):
+        value, low, high, p = (float(row[f"{figure}_gain{end}"]) for end in ("", "_low", "_high", "_p"))
+        cells += [f"{value:+.2f} [{low:z.2f}, {high:z.2f}]", f"{p:.3f}"]
+    assert f"| folora-replay | {' | '.join(cells)} |" in text
+    assert "| lora | 1,234 | unchanged | LoRA | 4 | 57 kB |" in text
+    for note in (differences_note("lora"), COSTS_NOTE, RATE_NOTE):
+        assert note in text
+        assert note in page
+    assert "folora cost --page" in COSTS_NOTE
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("pissa", "W - s B₀A₀"),
+        ("lora-null", "W - s B₀A₀"),
+        ("osf", "trained"),
+        ("full", "trained"),
+        ("dora", "unchanged"),
+    ],
+)
+def test_a_method_that_changes_the_base_weights_says_so(kind: str, expected: str, tmp_path: Path) -> None:
+    write_results(tmp_path / "evaluation", ["subtraction"])
+    content = values(["subtraction"])
+    content["methods"]["lora"] = {"kind": kind}
+    write_report(Params.model_validate(content), tmp_path / "evaluation", tmp_path / "report")
+    assert f"| lora | 1,234 | {expected} |" in (tmp_path / "report" / "summary.md").read_text()
+    assert f"<td>{expected}</td>" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("validation", "best", "expected", "shown"),
+    [
+        ((0.5, 0.7, 0.6), "0.01", "", "0.01"),
+        ((0.5, 0.6, 0.7), "0.1", "highest", "0.1 ↑"),
+        ((0.7, 0.6, 0.7), "0.001", "lowest", "0.001 ↓"),
+    ],
+)
+def test_a_best_rate_at_an_end_of_those_tried_is_marked(
+    validation: tuple[float, ...], best: str, expected: str, shown: str, tmp_path: Path
+) -> None:
+    tried: Results = {
+        f"lora-{n}": ("lora", 10 ** (n - 3), [(6, 0.5, value, 0.5, 0.1)]) for n, value in enumerate(validation)
+    }
+    results = tried | {"folora": RESULTS["folora"]}  # with one rate, which is no end
+    write_results(tmp_path / "evaluation", ["subtraction"], results)
+    write_report(Params.model_validate(values(["subtraction"], results)), tmp_path / "evaluation", tmp_path / "report")
+    rows = {
+        row["method"]: (row["learning_rate"], row["rate_is"]) for row in read_csv(tmp_path / "report" / "summary.csv")
+    }
+    assert rows == {"base": ("", ""), "lora": (best, expected), "folora-replay": ("0.01", "")}
+    text = (tmp_path / "report" / "summary.md").read_text()
+    assert f"| lora | {shown} |" in text
+    assert "| folora-replay | 0.01 |" in text
+    assert f"<td>{shown}</td>" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_drift_has_intervals_over_the_rows_of_a_text(full: Path, evaluations: Path) -> None:

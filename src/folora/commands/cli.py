@@ -28,15 +28,21 @@ Evaluations = Annotated[Path, typer.Option(help="Folder with the results of ever
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora methods --json")
 def methods(as_json: AsJson = False) -> None:
-    """List every kind of method: its paper, what it trains and freezes, what it exports (--json: and its options)."""
+    """List every kind of method, with its paper, what it trains, freezes and exports (--json: and its options).
+
+    Below it the options that go with any of them.
+    """
+    from folora.commands.methods import SharedOption, shared_options
     from folora.methods import describe_kinds
 
-    kinds = describe_kinds()
+    kinds, with_any = describe_kinds(), shared_options()
     columns = [name for name in kinds[0] if name != "options"]
     if as_json:
-        _print_json(kinds)
+        _print_json({"kinds": kinds, "with_any": [vars(one) for one in with_any]})
     else:
         print_table(columns, [[kind[name] for name in columns] for kind in kinds])
+        print("With any of them (kl_budget: with those whose change can be scaled back):")
+        print_table(SharedOption.HEAD, [one.cells() for one in with_any])
 
 
 @app.command(rich_help_panel=PANEL, epilog="Example: folora params proxy")

@@ -58,7 +58,7 @@ def write_report(
             picture.save(str(folder / f"{name}.png"), format="png", scale_factor=2)
         (folder / "index.html").write_text(page(params, inputs, studies, charts))
         (folder / "summary.txt").write_text(text)
-        (folder / "summary.md").write_text(markdown(studies))
+        (folder / "summary.md").write_text(markdown(studies, params))
     print(text, end="")
 
 

@@ -97,7 +97,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "arms": text.arm_cells(study),
         "differences": text.difference_cells(study),
         "budgets": text.budget_cells(study),
-        "costs": text.cost_cells(study),
+        "costs": text.cost_cells(study, params),
         "drift": drift_cells(study.drift),
         "tasks": task_cells(study.tasks),
         "at_best": at_best_cells(study.at_best),

@@ -27,9 +27,9 @@ def arm_row(study: Study, method: str) -> Record:
     """All that is known of a method, or of the base model, in one flat row; None where there is nothing."""
     row: Record = {"adaptation": study.name, "method": method}
     if method == BASE:
-        return row | {"learning_rate": None} | study.comparison.base
+        return row | {"learning_rate": None, "rate_is": None} | study.comparison.base
     arm = study.comparison.arms[method]
-    row |= {"learning_rate": arm.learning_rate, **arm.figures}
+    row |= {"learning_rate": arm.learning_rate, "rate_is": _end_of_rates(study, method), **arm.figures}
     row |= {f"{name}_half_width": arm.half_widths.get(name) for name in SPREAD}
     row |= {"hypervolume": arm.hypervolume}
     match = arm.matches.get(study.reference)
@@ -45,6 +45,13 @@ def arm_row(study: Study, method: str) -> Record:
         kls = [record["kl"] for record in study.records if record["method"] == method]
         row |= {"kl_budget": study.budgets[method], "greatest_kl": max(kls)}
     return row
+
+
+def _end_of_rates(study: Study, method: str) -> str | None:
+    """Whether the best rate is the ``highest`` or the ``lowest`` of several that were tried."""
+    rates = {record["learning_rate"] for record in study.records if record["method"] == method}
+    ends = {max(rates): "highest", min(rates): "lowest"} if len(rates) > 1 else {}
+    return ends.get(study.comparison.arms[method].learning_rate)
 
 
 def summary_rows(studies: list[Study]) -> list[Record]:

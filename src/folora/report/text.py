@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from folora.comparison import Match
+    from folora.methods import Method
     from folora.params import Params
     from folora.report.study import Study
     from folora.storage import Record
@@ -51,7 +52,19 @@ BUDGETS_NOTE = (
     "Budgets of KL to the base model, and what was measured on the same held-out text: at the best rate (mean over "
     "seeds), and at most over all runs and checkpoints of the method."
 )
+COSTS_NOTE = (
+    "The checkpoint at the best rate. Base weights, of the adapted layers while training: unchanged; trained; or "
+    "W - s B₀A₀, without the part that the adapter starts as. An adapter is for the untouched base model all the same; "
+    "weights replace its own. Step time and memory depend on the machine: folora cost shows them where the runs were "
+    "trained, and folora cost --page FILE writes a copy of the page that has them."
+)
+COSTS_HEAD = ["method", "trained parameters", "base weights", "checkpoint", "rank", "size"]
+DIFFERENCES_HEAD = ["method", "kept", "p", "target", "p"]
+RATE_NOTE = (
+    "↑ (↓): the highest (lowest) rate that was tried was the best, so where the method's best rate lies is not known"
+)
 AT_BEST_NOTE = "Asked at the best rate only; 95 % bootstrap intervals over the items."
+MARKS = {"highest": " ↑", "lowest": " ↓"}  # of a rate, by where it lies among those tried
 SHOWN = 10  # methods on the terminal and in the columns of pairs, beside the reference
 WIDTH = 100
 
@@ -61,6 +74,14 @@ def matched_note(reference: str) -> str:
     return (
         f"on the frontier over rates and checkpoints, at the target accuracy of {reference} or the highest that the "
         f"method also reaches: kept accuracy and what it gains over {reference}'s, KL and how many times smaller it is"
+    )
+
+
+def differences_note(reference: str) -> str:
+    """What the table of ``difference_cells`` shows."""
+    return (
+        f"Differences from {reference} at the best rates, with 95 % bootstrap intervals; p: McNemar's exact test on "
+        "the items, corrected for the number of methods (Holm)."
     )
 
 
@@ -79,7 +100,7 @@ def cells(row: Record, columns: Columns, *, intervals: bool = False) -> list[str
     Args:
         row: the values.
         columns: which of them.
-        intervals: with those over seeds (±) and that of the gain.
+        intervals: with those over seeds (±) and that of the gain, and a mark at a rate that ``RATE_NOTE`` is about.
     """
     return [_cell(row, key, digits, intervals=intervals) for key, digits in columns.values()]
 
@@ -89,7 +110,7 @@ def _cell(row: Record, key: str, digits: int, *, intervals: bool) -> str:
     if value is None:
         return "–"
     if key == "learning_rate":
-        return f"{value:g}"
+        return f"{value:g}{MARKS.get(row['rate_is'], '') if intervals else ''}"
     if isinstance(value, str):
         return value
     text = f"{value:{'+' if key.endswith('gain') else ''}z.{digits}f}"
@@ -128,13 +149,14 @@ def _p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def cost_cells(study: Study) -> list[list[str]]:
-    """What a method's checkpoint is, as cells: trained parameters, kind, rank and size."""
+def cost_cells(study: Study, params: Params) -> list[list[str]]:
+    """What a method trains and what its checkpoint is, as cells, after ``COSTS_HEAD``."""
     made = []
     for method in study.comparison.arms:
         row = arm_row(study, method)
         size = f"{row['bytes'] / 1000:,.0f} kB"
-        made.append([method, f"{row['trainable']:,}", row["export"], str(row["rank"] or "–"), size])
+        weights = _base_weights(params.methods[method])
+        made.append([method, f"{row['trainable']:,}", weights, row["export"], str(row["rank"] or "–"), size])
     return made
 
 
@@ -142,6 +164,13 @@ def budget_cells(study: Study) -> list[list[str]]:
     """The methods with a KL budget as cells, after ``BUDGETS``."""
     rows = [arm_row(study, method) for method in study.budgets]
     return [[row["method"], *(f"{row[name]:.3g}" for name in ("kl_budget", "kl", "greatest_kl"))] for row in rows]
+
+
+def _base_weights(method: Method) -> str:
+    """What the base weights are while a method trains, from what its kind declares."""
+    if method.export.startswith("weights"):
+        return "trained"
+    return "unchanged" if method.freezes == "W" else method.freezes
 
 
 def kept_cells(study: Study) -> list[list[str]]:
@@ -215,14 +244,17 @@ def summary(studies: list[Study], params: Params, output: Path) -> str:
     return file.getvalue()
 
 
-def markdown(studies: list[Study]) -> str:
+def markdown(studies: list[Study], params: Params) -> str:
     """The tables of the comparison in Markdown, to paste where results are discussed."""
     parts = []
     for study in studies:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
-        parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
+        parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n", f"{RATE_NOTE}\n"]
         parts += [f"{BUDGETS_NOTE}\n", _table(BUDGETS, budget_cells(study))] if study.budgets else []
         parts += [_table(["method", *study.kept], kept_cells(study))]
+        differences, note = difference_cells(study), differences_note(study.reference)
+        parts += [f"{note}\n", _table(DIFFERENCES_HEAD, differences)] if differences else []
+        parts += [f"{COSTS_NOTE}\n", _table(COSTS_HEAD, cost_cells(study, params))]
         tasks = task_cells(study.tasks)
         parts += [f"{TASKS_NOTE}\n", _table(*tasks)] if tasks[1] else []
         parts += [f"{DRIFT_NOTE}\n", _table(*drift_cells(study.drift))]
