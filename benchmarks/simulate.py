@@ -1,6 +1,10 @@
 """How long a preset's graph would take on more and more workers, from what each of its stages cost where it ran.
 
     python benchmarks/simulate.py --preset baselines --costs .folora/costs.jsonl --workers 8 64 512 --overhead 7
+    python benchmarks/simulate.py --preset llama-3-8b --planned FOLDER --workers 8 64 512
+
+With ``--planned`` stages take what ``folora plan`` foresees of a model, whose ``config.json`` is in the folder; those
+that it does not know, such as evaluations, take nothing.
 
 A worker runs one stage at a time, and then takes the first one in the graph's order whose inputs are there: how long a
 stage will take is known to nobody beforehand. The best order would take half as long at least (Graham 1969). A job
@@ -22,9 +26,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from folora.commands.plan import empty_model, plan_stages, shape_of
 from folora.costs import LEDGER, read_costs
 from folora.dag import Stage, resolve_stages
 from folora.errors import FoLoRAError
+from folora.params import Params, load_params
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -148,8 +154,29 @@ def jobs_of(stages: dict[str, Stage], costs: dict[str, float], overhead: float) 
     }
 
 
-def graph_of(preset: str) -> dict[str, Stage]:
-    """The stages of a preset of this repository.
+def planned_costs(
+    stages: dict[str, Stage], params: Params, folder: Path, single: float, double: float
+) -> dict[str, float]:
+    """Seconds by output as the plan has them, shared evenly by the jobs of a stage; 0 where it does not know.
+
+    Args:
+        stages: of the graph.
+        params: of the graph.
+        folder: of the model's configuration.
+        single: operations a second of the device that the model runs on.
+        double: float64 operations a second, for the spectrum.
+    """
+    shape, _ = shape_of(empty_model(params, folder), params)
+    seconds = {plan.stage: plan.seconds / plan.jobs for plan in plan_stages(params, shape, single, double)}
+    return {
+        output: seconds.get(_kind(name).removesuffix("-proxy").removesuffix("-task"), 0.0)
+        for name, stage in stages.items()
+        for output in stage.outputs
+    }
+
+
+def params_of(preset: str) -> Path:
+    """The parameter file of a preset of this repository.
 
     Raises:
         FoLoRAError: there is no such preset.
@@ -157,6 +184,16 @@ def graph_of(preset: str) -> dict[str, Stage]:
     params = ROOT / "params.yaml" if preset == DEFAULT else ROOT / "workflow" / "presets" / f"{preset}.yaml"
     if not params.exists():
         raise FoLoRAError(f"{params}: there is no such preset")
+    return params
+
+
+def graph_of(preset: str) -> dict[str, Stage]:
+    """The stages of a preset of this repository.
+
+    Raises:
+        FoLoRAError: there is no such preset.
+    """
+    params = params_of(preset)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")
@@ -184,13 +221,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default=DEFAULT)
     parser.add_argument("--costs", type=Path, default=LEDGER, help="a ledger that `folora cost` shows")
+    parser.add_argument("--planned", type=Path, metavar="FOLDER", help="with a model's configuration; no ledger")
+    parser.add_argument("--single", type=float, default=989e12, help="planned: operations a second of the device")
+    parser.add_argument("--double", type=float, default=88e9, help="planned: the same in float64, for the spectrum")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--overhead", type=float, default=7.0, help="seconds of a job beside its work")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     try:
-        costs = {output: cost.wall for output, cost in read_costs(options.costs).items()}
-        jobs = jobs_of(graph_of(options.preset), costs, options.overhead)
+        stages = graph_of(options.preset)
+        if options.planned:
+            params = load_params(params_of(options.preset))
+            costs = planned_costs(stages, params, options.planned, options.single, options.double)
+        else:
+            costs = {output: cost.wall for output, cost in read_costs(options.costs).items()}
+        jobs = jobs_of(stages, costs, options.overhead)
     except FoLoRAError as error:
         parser.exit(1, f"simulate: {error}\n")
     found = [outlook(jobs, workers, options.overhead) for workers in options.workers]

@@ -1,5 +1,7 @@
 """A Slurm cluster of one node, this machine, with accounting or without; everything it makes is in one folder.
 
+Two partitions have the node, ``cpu`` and ``gpu``; jobs may ask for one GPU, which is made up.
+
 Debian's packages ``slurm-wlm`` and ``munge``; for accounting ``slurmdbd``, ``mariadb-server-core`` and
 ``mariadb-client-core``, which start no service.
 """
@@ -40,9 +42,12 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 KillWait=5
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=8000
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=8000 Gres=gpu:1
 PartitionName=cpu Nodes={host} Default=YES
+PartitionName=gpu Nodes={host}
 """
+MADE_UP_GPU = "Name=gpu File=/dev/null\n"  # Slurm hands it out all the same
 # as Debian installs it: sacct is there, and knows nothing
 WITHOUT_ACCOUNTING = "JobAcctGatherType=jobacct_gather/none\n"
 # sacct lists every job, and each needs an account
@@ -94,6 +99,7 @@ def cluster(folder: Path, *, accounting: bool = False) -> Iterator[None]:
         CONFIGURATION.format(folder=folder, host=host, ports=ports, cpus=cpus)
         + (WITH_ACCOUNTING.format(folder=folder, port=port) if accounting else WITHOUT_ACCOUNTING)
     )
+    (folder / "gres.conf").write_text(MADE_UP_GPU)
     # inside a job the executor plugin drops SLURM_CONF before it calls srun
     srun = folder / "bin" / "srun"
     srun.write_text(f'#!/bin/sh\nSLURM_CONF={configuration} exec {_find("srun")} "$@"\n')

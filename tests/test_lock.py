@@ -1,8 +1,9 @@
-"""``requirements.lock`` against the ranges of ``pyproject.toml``."""
+"""``requirements.lock`` against the ranges of ``pyproject.toml``, and the image that is built from it."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -41,3 +42,18 @@ def test_every_version_has_hashes_and_no_address() -> None:
     pinned = re.findall(r"^\w[^\n]*==[^\n]*\\\n(?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+", LOCK, re.MULTILINE)
     assert len(pinned) == len(PINS)
     assert "://" not in LOCK
+
+
+def test_the_image_installs_the_lock_and_files_that_are_here() -> None:
+    text = (ROOT / "Containerfile").read_text().replace("\\\n", "")
+    copied = [name for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for name in line.split()[:-1]]
+    assert {"requirements.lock", "pyproject.toml", "src"} <= set(copied)
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    (installs,) = re.findall(r"^RUN (pip .*)$", text, re.MULTILINE)
+    torch, locked, project, checked = re.split(r" +&& +", installs)
+    assert locked == "pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock"
+    assert project == "pip install --no-cache-dir --no-deps ."
+    assert checked == "pip check"
+    (command,) = re.findall(r'"\$\((.*)\)"', torch)
+    said = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert Requirement(said) == next(one for one in requirements() if one.name == "torch")

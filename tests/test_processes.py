@@ -173,6 +173,29 @@ def test_the_blocks_of_every_family_are_sharded(monkeypatch: pytest.MonkeyPatch)
     subprocess.run([*TORCHRUN, sys.executable, "-c", FAMILIES], check=True)
 
 
+UNLIKE = """
+import torch
+from folora import processes
+from folora.errors import FoLoRAError
+
+processes.join("cpu")
+one, said = torch.ones(3), ""
+processes.check_alike([one, one])
+other = torch.nextafter(one, 2 * one) if processes.rank() else one  # the last bit
+try:
+    processes.check_alike([one, other])
+except FoLoRAError as error:
+    said = str(error)
+expected = "process 1 ended with another adapter than the first: use machines of one kind"
+assert said == (expected if processes.rank() else ""), said
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_unlike_adapters_are_refused() -> None:
+    subprocess.run([*TORCHRUN, sys.executable, "-c", UNLIKE], check=True)
+
+
 @pytest.mark.slow
 def test_a_killed_training_of_two_processes_goes_on(
     pipeline: Pipeline, values: dict[str, Any], save_params: SaveParams, monkeypatch: pytest.MonkeyPatch

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from simulate import Job, critical_path, enough, graph_of, jobs_of, makespan, outlook, schedule
+from simulate import Job, critical_path, enough, graph_of, jobs_of, makespan, outlook, planned_costs, schedule
+from transformers import LlamaConfig
 
+from folora.commands.plan import empty_model, plan_stages, shape_of
 from folora.errors import FoLoRAError
+from folora.foundation import LOADING
+from folora.params import PretrainedFoundation
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from folora.params import Params
 
 DIAMOND = {
     "start": Job(2),
@@ -71,6 +81,21 @@ def test_every_schedule_is_possible_and_within_the_bounds(jobs: dict[str, Job], 
     assert taken <= total / workers + (1 - 1 / workers) * longest + 1e-9
     assert makespan(jobs, 1) == total
     assert makespan(jobs, len(jobs)) == longest
+
+
+def test_stages_take_what_is_planned(tiny_params: Params, tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.save_pretrained(tmp_path)
+    foundation = {"source": "pretrained", "model": "a/b", "revision": None, "loading": LOADING}
+    params = tiny_params.model_copy(update={"foundation": PretrainedFoundation.model_validate(foundation)})
+    stages = graph_of("tiny")
+    jobs = jobs_of(stages, planned_costs(stages, params, tmp_path, single=1e9, double=1e6), overhead=7)
+    shape, _ = shape_of(empty_model(params, tmp_path), params)
+    for plan in plan_stages(params, shape, 1e9, 1e6):
+        taken = [job.seconds - 7 for name, job in jobs.items() if name.startswith(plan.stage)]
+        assert len(taken) == plan.jobs
+        assert sum(taken) == pytest.approx(plan.seconds)
+    assert jobs["foundation"].seconds == jobs["report"].seconds == 7
 
 
 def test_stages_take_what_they_cost_or_the_median_of_their_kind() -> None:
