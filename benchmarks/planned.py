@@ -2,8 +2,8 @@
 
     cd FOLDER && python benchmarks/planned.py
 
-Memory is the greatest of a stage's jobs, time all of them together. The plan's time follows from the speed of this
-machine now: run it where the stages ran.
+Memory is the greatest of a stage's jobs, time all of them together. Evaluations are left out: items of their tasks are no
+part of the plan. Its time follows from the speed of this machine now: run it where the stages ran.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ratios(plans: list[StagePlan], costs: list[Cost]) -> list[Ratio]:
     found = []
     for plan in plans:
         ran = [cost for cost in costs if cost.stage == plan.stage and Path(cost.output).exists()]
-        if len(ran) != plan.jobs:
+        if plan.stage == "evaluate" or len(ran) != plan.jobs:
             continue
         memory, time = max(cost.peak for cost in ran), sum(cost.wall for cost in ran)
         disk = sum(_size(Path(cost.output)) for cost in ran)

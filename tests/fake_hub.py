@@ -25,8 +25,8 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def __init__(self, *arguments: Any, root: Path) -> None:
-        self._root = root
+    def __init__(self, *arguments: Any, root: Path, commit: str) -> None:
+        self._root, self._commit = root, commit
         super().__init__(*arguments)
 
     def do_GET(self) -> None:
@@ -45,7 +45,7 @@ class Hub(BaseHTTPRequestHandler):
     def _repository(self, folder: Path, name: str) -> None:
         if folder.is_dir():
             files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
-            self._send(200, json.dumps({"id": name, "sha": COMMIT, "siblings": files}).encode())
+            self._send(200, json.dumps({"id": name, "sha": self._commit, "siblings": files}).encode())
         else:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
 
@@ -57,9 +57,11 @@ class Hub(BaseHTTPRequestHandler):
     def _file(self, path: Path) -> None:
         if path.is_file():
             content = path.read_bytes()
-            self._send(200, content, {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+            self._send(
+                200, content, {"X-Repo-Commit": self._commit, "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            )
         else:
-            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self._commit})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -75,9 +77,9 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def hub(root: Path) -> Iterator[str]:
-    """Serve a folder; yields the address, which answers no longer after the block."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root=root))
+def hub(root: Path, commit: str = COMMIT) -> Iterator[str]:
+    """Serve a folder, which is at this commit; yields the address, which answers no longer after the block."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root=root, commit=commit))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

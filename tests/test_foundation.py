@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import shutil
+import subprocess
+import sys
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from fake_hub import COMMIT, hub
 from hypothesis import given
 from hypothesis import strategies as st
 
 from folora.base import open_base
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING, character_tokenizer, pin_foundation, train_foundation
+from folora.hub import PINS, check_unmoved, keep_pin
 from folora.params import OfflineFoundation, Params, PretrainedFoundation
 from folora.proxy import generate_proxy
 from folora.storage import read_json, read_table
@@ -145,3 +151,50 @@ def test_pinning_nothing_is_one_line(pipeline: Pipeline, save_params: SaveParams
     params = save_params(pipeline.values() | {"foundation": section})
     line = refused("foundation", "--world", "world", "--threads", 1, "--params", params)
     assert line.startswith("foundation.model: 'no/where' is neither a folder here nor")
+
+
+def pinned_by(address: str, params: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The foundation stage of a folder, in a process that takes the address for the hub."""
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(folder / "home")}
+    environment.pop("HF_HUB_OFFLINE", None)
+    stage = ["foundation", "--world", "world", "--output", "foundation", "--threads", "1", "--params", str(params)]
+    command = [sys.executable, "-c", "from folora.cli import main; main()", *stage]
+    shutil.rmtree(folder / "foundation", ignore_errors=True)  # as a runner does
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_revision_that_moved_is_an_error(pipeline: Pipeline, save_params: SaveParams, tmp_path: Path) -> None:
+    shutil.copytree(pipeline.foundation, tmp_path / "hub" / "models" / "me" / "tiny")
+    (tmp_path / "hub" / "models" / "me" / "tiny" / "manifest.json").unlink()
+
+    def params(revision: str | None) -> Path:
+        section = {"source": "pretrained", "model": "me/tiny", "revision": revision, "loading": LOADING.model_dump()}
+        return save_params(pipeline.values() | {"foundation": section})
+
+    for _ in range(2):  # the second time nothing has moved
+        with hub(tmp_path / "hub") as address:
+            done = pinned_by(address, params(None), tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"foundation: me/tiny at commit {COMMIT}\n"
+    later = "beef" * 10
+    with hub(tmp_path / "hub", later) as address:
+        moved = pinned_by(address, params(None), tmp_path)
+        assert moved.returncode == 1
+        assert moved.stderr.strip() == (
+            f"folora: foundation.revision: me/tiny@main moved from {COMMIT} to {later}: name the first to go on with the "
+            "model that was pinned here, or the second to begin anew"
+        )
+        assert not (tmp_path / "foundation").exists()
+        assert not list((tmp_path / "home").rglob(f"{later}/*.safetensors"))
+        assert pinned_by(address, params(later), tmp_path).returncode == 0
+    assert read_json(tmp_path / "foundation" / "manifest.json")["commit"] == later
+
+
+def test_damaged_notes_of_pins_are_passed_over(in_tmp: Path) -> None:
+    keep_pin("me/tiny", "main", "a")
+    with (in_tmp / PINS).open("a") as file:
+        file.write('[1]\n{"model": "me/tiny"}\n{"mod')
+    check_unmoved("me/tiny", "main", "a")
+    check_unmoved("me/tiny", "v2", "b")
+    with pytest.raises(FoLoRAError, match="me/tiny@main moved from a to b"):
+        check_unmoved("me/tiny", "main", "b")

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from folora.base import Base
 from folora.cli import app
-from folora.commands.plan import LIBRARIES, Plan, empty_model, make_plan, plan_stages, shape_of
+from folora.commands.plan import LIBRARIES, Plan, empty_model, kept_bytes, make_plan, plan_stages, shape_of
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
 from folora.params import Params, PretrainedFoundation, load_params
 from folora.spectrum import read_spectrum
+from folora.storage import read_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +58,39 @@ def test_time_follows_the_operations_and_the_speed(pipeline: Pipeline) -> None:
     for one, other in zip(slow, fast, strict=True):
         assert one.memory > LIBRARIES
         assert one.seconds == pytest.approx(other.seconds * (1 if one.stage == "spectrum" else 4))
+
+
+def test_an_evaluation_reads_the_texts_at_every_checkpoint(pipeline: Pipeline, evaluations: Path) -> None:
+    shape, _ = shape_of(empty_model(pipeline.params), pipeline.params)
+    planned = {stage.stage: stage for stage in plan_stages(pipeline.params, shape, 1e9, 1e9)}["evaluate"]
+    folders = list(evaluations.iterdir())
+    assert planned.jobs == len(folders)
+    rows = [read_table(folder / "metrics.parquet")[0].num_rows for folder in folders]
+    text = pipeline.params.proxy.heldout_sequences * pipeline.params.proxy.max_length
+    assert planned.tokens == sum(rows) * text
+    kept = 4 * text * shape.vocabulary
+    assert planned.memory > LIBRARIES + shape.size + kept
+    assert planned.operations == 2 * shape.parameters * text * (sum(rows) + len(folders))
+    many = pipeline.params.model_copy(
+        update={"proxy": pipeline.params.proxy.model_copy(update={"heldout_sequences": 2**30 // kept * 1000})}
+    )
+    assert kept_bytes(2**28 // shape.vocabulary, shape.vocabulary) > 0  # where more are not kept, they are made again
+    more = {stage.stage: stage for stage in plan_stages(many, shape, 1e9, 1e9)}["evaluate"]
+    assert more.operations == 2 * shape.parameters * 2 * more.tokens
+
+
+def test_items_are_counted_where_they_are(pipeline: Pipeline, evaluations: Path) -> None:
+    def said(**changes: Any) -> str:
+        evaluation = pipeline.params.evaluation.model_copy(update={"tasks": str(pipeline.world)} | changes)
+        return make_plan(pipeline.params.model_copy(update={"evaluation": evaluation})).warnings[-1]
+
+    tables = {folder.name: read_table(folder / "answers.parquet")[0].num_rows for folder in evaluations.iterdir()}
+    base = tables.pop("base")
+    assert said().startswith(f"evaluate: {base:,} items for the base model, {sum(tables.values()):,} for all ")
+    names = len(pipeline.params.evaluation_tasks())
+    assert said(limit=2).startswith(f"evaluate: at most {2 * names} items for the base model, ")
+    assert said(limit=2, tasks="nowhere") == said(limit=2)
+    assert f"the items of {names} evaluation tasks, subtraction the first, are not here" in said(tasks="nowhere")
 
 
 PRESETS = ROOT / "workflow" / "presets"
@@ -164,9 +198,27 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
     assert all(stage.memory < 80e9 for stage in plan.stages)
     stages = {stage.stage: stage for stage in plan.stages}
     assert stages["proxy"].tokens == 256 * 2048
+    assert stages["evaluate"].tokens == (1 + 36 * 2) * 64 * 2048
+    assert plan.warnings[-1].startswith("evaluate: at most 6,500 items for the base model, 324,000 for all checkpoints")
     rows = {"math": 512, "code": 512, "instruction": 512}
     assert stages["covariance"].tokens == 256 * 2048 + sum(256 * length for length in rows.values())
     assert {run.task for run in params.runs.values()} == rows.keys()
+
+
+def test_what_llama_3_8b_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("folora.commands.plan._config", lambda *_: HUB_MODELS["llama-3-8b"])
+    params = load_params(PRESETS / "llama-3-8b.yaml")
+    assert "down_proj" not in params.adapter.target_modules
+    (line,) = [line for line in make_plan(params).warnings if line.startswith("adapter.target_modules: ")]
+    assert line == (
+        "adapter.target_modules: 32 inputs of width 14,336 (down_proj) are left out; with them the moments of a text take "
+        "29.6 GB more, a job of spectrum 18.1 GB, all of these 15.3 times the operations"
+    )
+    whole = params.model_copy(update={"adapter": params.adapter.model_copy(update={"target_modules": "all-linear"})})
+    assert not any("are left out" in line for line in make_plan(whole).warnings)
+    before, after = ({stage.stage: stage for stage in make_plan(one).stages}["spectrum"] for one in (params, whole))
+    assert after.operations / before.operations == pytest.approx(15.3, abs=0.05)
+    assert after.memory == pytest.approx(18.1e9 + LIBRARIES, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["default", *(path.stem for path in sorted(PRESETS.iterdir()))])
@@ -223,7 +275,10 @@ def test_seventy_billion_parameters_are_planned(monkeypatch: pytest.MonkeyPatch)
 def test_less_memory_is_planned(setting: dict[str, Any], pipeline: Pipeline) -> None:
     shape, _ = shape_of(empty_model(pipeline.params), pipeline.params)
     less = Params.model_validate(pipeline.values() | {"train": pipeline.values()["train"] | setting})
-    before, after = (plan_stages(params, shape, 1e9, 1e9)[-1] for params in (pipeline.params, less))
+    before, after = (
+        {stage.stage: stage for stage in plan_stages(params, shape, 1e9, 1e9)}["train"]
+        for params in (pipeline.params, less)
+    )
     assert after.memory < before.memory
     assert after.seconds == before.seconds * (1.5 if "gradient_checkpointing" in setting else 1)
 
@@ -236,10 +291,11 @@ def test_the_command_prints_the_plan_or_its_values(
     plan(as_json=False, params_file=save_params(pipeline.values()))
     printed = capsys.readouterr().out
     assert "model.layers.*.self_attn.q_proj" in printed
-    assert "of computing, evaluations left out" in printed
+    assert "of computing, items of evaluation tasks left out" in printed
     plan(as_json=True, params_file=save_params(pipeline.values()))
     found = json.loads(capsys.readouterr().out)
-    assert [stage["stage"] for stage in found["stages"]] == ["proxy", "heldout", "covariance", "spectrum", "train"]
+    stages = ["proxy", "heldout", "covariance", "spectrum", "train", "evaluate"]
+    assert [stage["stage"] for stage in found["stages"]] == stages
 
 
 def test_a_model_that_is_nowhere_is_one_line(llama_8b: dict[str, Any], save_params: SaveParams, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(commands)
 logger = logging.getLogger("folora")
+BEFORE_TASKS = ("proxy", "heldout")  # stages that may run before those of the tasks
 
 Output = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int, typer.Option(min=1, help="Torch threads; a part of the result.")]
@@ -120,12 +121,16 @@ def foundation(
 ) -> None:
     """Train the offline base model, or pin a model that exists."""
     params = _prepare(params_file, output, threads, spread=False)
+    from folora.commands.first_rows import check_tasks
     from folora.foundation import pin_foundation, train_foundation
     from folora.params import PretrainedFoundation
     from folora.world import write_world
 
+    check_tasks(params)
     if isinstance(params.foundation, PretrainedFoundation):
-        pin_foundation(params.foundation, output)
+        commit = pin_foundation(params.foundation, output)
+        if commit:
+            print(f"foundation: {params.foundation.model} at commit {commit}")
     else:
         train_foundation(params.foundation, params.world, output)
     write_world(params.world, world)
@@ -269,9 +274,12 @@ def evaluate_base(
     """Measure the base model."""
     params = _prepare(params_file, output, threads)
     from folora.base import open_base
+    from folora.commands.first_rows import check_tasks
     from folora.evaluate import evaluate_base
 
-    evaluate_base(params, open_base(foundation), tasks, heldout, output)
+    base = open_base(foundation)
+    check_tasks(params, base.load_tokenizer())
+    evaluate_base(params, base, tasks, heldout, output)
 
 
 @stage
@@ -318,14 +326,20 @@ class Redacting(logging.Formatter):
 
 
 def _base(foundation: Path, params: Params, stage: str) -> Base:
-    """Open the base model of a stage; what the stage takes is said first, but for the small offline model."""
+    """Open the base model of a stage.
+
+    But for the small offline model, what the stage takes is said first, and what is wrong with the rows of a task.
+    """
     from folora.base import open_base
     from folora.params import PretrainedFoundation
 
     base = open_base(foundation)
     if isinstance(params.foundation, PretrainedFoundation) and processes.rank() == 0:
+        from folora.commands.first_rows import check_tasks
         from folora.commands.plan import head_line
 
+        if stage in BEFORE_TASKS:
+            check_tasks(params, base.load_tokenizer())
         print(head_line(params, base.folder, stage), file=sys.stderr)
     return base
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from folora.base import check_model, digests, pinned_folder
 from folora.errors import FoLoRAError
+from folora.hub import check_unmoved, keep_pin
 from folora.loading import Loading
 from folora.storage import FORMAT, MANIFEST_FILE, Manifest, digest_of_file, made_with, publish, require, write_json
 from folora.world import VOCABULARY, Skill, build_skills, pretraining_items
@@ -49,26 +50,34 @@ def train_foundation(settings: OfflineFoundation, world: World, output: Path) ->
         )
 
 
-def pin_foundation(settings: PretrainedFoundation, output: Path) -> None:
+def pin_foundation(settings: PretrainedFoundation, output: Path) -> str | None:
     """Write a manifest that pins an existing model: its source, commit and the digest of every file.
 
     A GGUF file is converted to safetensors once, and lies in ``output`` like an offline model.
 
+    Returns:
+        The commit; None of files.
+
     Raises:
-        FoLoRAError: there is no such model, or it cannot be adapted.
+        FoLoRAError: there is no such model, it cannot be adapted, or the revision is no longer what it was here.
     """
     if settings.model.endswith(GGUF):
         convert_gguf(Path(settings.model), settings.loading, output)
-        return
+        return None
     code = settings.loading.trust_remote_code
     folder = pinned_folder(settings.model, settings.revision, code=code, weights=False)
     check_model(folder, settings.loading)
     # the hub keeps a snapshot in a folder named after its commit
     commit = folder.name if folder.parent.name == "snapshots" else settings.revision
+    if commit is not None:
+        check_unmoved(settings.model, settings.revision, commit)
     folder = pinned_folder(settings.model, commit, code=code)
     with publish(output) as partial:
         partial.mkdir()
         write_json(partial / MANIFEST_FILE, _manifest(folder, settings.loading, settings.model, commit))
+    if commit is not None:
+        keep_pin(settings.model, settings.revision, commit)
+    return commit
 
 
 def convert_gguf(file: Path, loading: Loading, output: Path) -> None:

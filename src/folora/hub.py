@@ -1,17 +1,21 @@
-"""What a hub is asked for, and its refusals in words that say what to do."""
+"""What a hub is asked for, which commits it gave, and its refusals in words that say what to do."""
 
 from __future__ import annotations
 
 import errno
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from folora.errors import FoLoRAError
+from folora.storage import lines_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+PINS = Path(".folora/pins.jsonl")  # no manifest: a runner deletes what a stage made before it runs the stage again
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # on the disk, in the quota, for a file of this size
 
 
@@ -93,3 +97,30 @@ def commit_of(key: str, dataset: str, revision: str | None) -> str | None:
     from huggingface_hub import HfApi
 
     return from_hub(key, dataset, revision, lambda: HfApi().dataset_info(dataset, revision=revision).sha)
+
+
+def check_unmoved(model: str, revision: str | None, commit: str) -> None:
+    """See that a revision of a model still is the commit that it was when it was pinned in this folder before.
+
+    Raises:
+        FoLoRAError: it is another one.
+    """
+    before = commit
+    for line in lines_of(PINS):
+        with suppress(ValueError, TypeError, KeyError):  # a line that a full disk cut off
+            pin = json.loads(line)
+            before = pin["commit"] if (pin["model"], pin["revision"]) == (model, revision) else before
+    if before != commit:
+        # no warning: with other weights every result is made again, and who changed dtype alone did not ask for that
+        raise FoLoRAError(
+            f"foundation.revision: {model}@{revision or 'main'} moved from {before} to {commit}: name the first to go "
+            "on with the model that was pinned here, or the second to begin anew"
+        )
+
+
+def keep_pin(model: str, revision: str | None, commit: str) -> None:
+    """Remember which commit a revision of a model was; best effort, a full disk fails no stage here."""
+    with suppress(OSError):
+        PINS.parent.mkdir(exist_ok=True)
+        with PINS.open("a") as file:
+            file.write(json.dumps({"model": model, "revision": revision, "commit": commit}) + "\n")

@@ -185,17 +185,21 @@ def cost(
 @app.command(rich_help_panel=PANEL, epilog="Example: folora plan --params workflow/presets/baselines.yaml")
 def plan(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     """Say what a parameter file asks of this machine: memory, disk, tokens and about how long, before it is spent."""
+    from folora.commands.first_rows import check_tasks
     from folora.commands.plan import StagePlan, duration, make_plan
     from folora.coverage import print_coverage
     from folora.params import load_params
 
-    made = make_plan(load_params(params_file))
+    params = load_params(params_file)
+    check_tasks(params)
+    made = make_plan(params)
     if as_json:
         _print_json(made.as_json())
         return
     print_coverage(made.covered)
     print_table(StagePlan.HEAD, [stage.cells() for stage in made.stages])
-    print(f"about {duration(sum(stage.seconds for stage in made.stages))} of computing, evaluations left out")
+    seconds = sum(stage.seconds for stage in made.stages)
+    print(f"about {duration(seconds)} of computing, items of evaluation tasks left out")
     print(*made.warnings, sep="\n")
 
 

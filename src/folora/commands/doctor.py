@@ -47,6 +47,7 @@ def examine(params_file: Path) -> list[Finding]:
         *commands(),
         repository(),
         parameters(params_file),
+        *rows(params_file),
         threads(params_file),
         accelerator(),
         disk(shutil.disk_usage(Path.cwd()).free / 1e9),
@@ -114,6 +115,23 @@ def parameters(path: Path) -> Finding:
     except FoLoRAError as error:
         return Finding("parameters", PROBLEM, str(error), "mend the key that is named, or: folora use default")
     return Finding("parameters", OK, f"{path}: preset {preset_of(params)}, {len(params.runs)} runs")
+
+
+def rows(path: Path) -> list[Finding]:
+    """Whether the first rows of the tasks whose data are here are as the parameters say."""
+    from folora.commands.first_rows import check_tasks
+
+    try:
+        params = load_params(path)
+    except FoLoRAError:
+        return []  # what is wrong with them stands in another line
+    try:
+        here = check_tasks(params)
+    except FoLoRAError as error:
+        return [Finding("rows", PROBLEM, str(error))]
+    later = len(params.tasks) - len(here)
+    seen = f"of {', '.join(here) or 'no task'}: as declared" + (f"; {later} come with a stage" if later else "")
+    return [Finding("rows", OK, seen)]
 
 
 def threads(path: Path) -> Finding:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from folora.errors import FoLoRAError
 from folora.moments import DOUBLE, SINGLE, memory_of, split_passes
 from folora.params import OfflineFoundation, PretrainedFoundation
 from folora.pencil import krylov_columns
+from folora.rows import read_rows
 from folora.triangle import half_size
 
 if TYPE_CHECKING:
+    from torch.nn import Linear
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from folora.params import Memory, Params, Run
+    from folora.params import Evaluation, Memory, Params, Run
 
 OVERHEAD = 3.0  # assumed, not measured: what small products and all between them cost beyond the large ones
 EIGENPROBLEM = 13  # operations per d³: Cholesky, three triangular solves, eigh
@@ -111,21 +114,21 @@ class Plan:
         return {"coverage": [vars(one) for one in self.covered], "stages": stages, "warnings": self.warnings}
 
 
-def make_plan(params: Params, folder: Path | None = None, *, measured_on: str | None = None) -> Plan:
-    """Plan every stage.
-
-    Args:
-        params: the parameter file.
-        folder: of the pinned model; None: its configuration is looked up where the parameters say.
-        measured_on: device whose speed counts; None: the one that the model runs on.
+def make_plan(params: Params) -> Plan:
+    """Plan every stage, of a model whose configuration is looked up where the parameters say.
 
     Raises:
         FoLoRAError: the model's configuration is not to be had, or the memory budget is too small for a layer input.
     """
-    model = empty_model(params, folder)
+    model = empty_model(params)
     shape, covered = shape_of(model, params)
-    stages = plan_stages(params, shape, _speed("float32", measured_on or _device(params)), _speed("float64", "cpu"))
-    notes = _truncated(shape, params.spectrum.directions) + _in_passes(shape, params.covariance.memory_budget, stages)
+    stages = measured_stages(params, shape, _device(params))
+    notes = [
+        *_left_out(model, params, shape, stages),
+        *_truncated(shape, params.spectrum.directions),
+        *_in_passes(shape, params.covariance.memory_budget, stages),
+        _asked(params),
+    ]
     return Plan(covered, stages, _warnings(stages, shape) + _beyond(params.memory, stages) + notes)
 
 
@@ -136,8 +139,9 @@ def head_line(params: Params, folder: Path, stage: str) -> str:
         FoLoRAError: the parameters do not fit the model, which some stage would find later.
     """
     try:
+        shape, _ = shape_of(empty_model(params, folder), params)
         # that of the spectrum is solved on a CPU, and holds no GPU
-        stages = make_plan(params, folder, measured_on="cpu" if stage == "spectrum" else None).stages
+        stages = measured_stages(params, shape, "cpu" if stage == "spectrum" else _device(params))
     except FoLoRAError:
         raise
     except Exception as error:  # a model's own code may do anything where there are no weights: the stage has them
@@ -226,7 +230,7 @@ def shape_of(model: PreTrainedModel, params: Params) -> tuple[Shape, list[Covere
 
 
 def plan_stages(params: Params, shape: Shape, single: float, double: float) -> list[StagePlan]:
-    """Every stage but evaluate and report, whose items only the tasks know.
+    """Every stage but the report; of evaluate the texts that drift is measured on, not the items of its tasks.
 
     Args:
         params: the parameter file.
@@ -247,18 +251,27 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
     spectrum, scores = SINGLE * shape.spectrum_size(params.spectrum.directions), SINGLE * shape.vocabulary
     hidden = SINGLE * (6 * shape.width + 3 * shape.intermediate)  # of a token within one block
     factors = SINGLE * params.adapter.rank * sum(m + d for m, d in shape.layers)
-    passes = [_pass_tokens(params, run, length[run.task]) for run in params.runs.values()]
+    rows_at_once = [_pass_tokens(params, run, length[run.task]) for run in params.runs.values()]
     kept = 1 if train.gradient_checkpointing else shape.blocks  # blocks whose activations are in memory at once
     inputs = SINGLE * shape.width * shape.blocks if train.gradient_checkpointing else 0
     batch = min(proxy.batch_size, proxy.sequences)
     sampling = shape.size + batch * (SINGLE * shape.cached * proxy.max_length + 6 * scores)
     reading = params.covariance.batch_size * max(proxy.max_length, *length.values()) * hidden
     measuring = 3 * scores * min(params.evaluation.batch_size, proxy.heldout_sequences) * proxy.max_length
-    training = shape.size + spectrum + 4 * factors + max(passes) * (hidden * kept + inputs + 4 * scores) + measuring
+    activations = max(rows_at_once) * (hidden * kept + inputs + 4 * scores)
+    training = shape.size + spectrum + 4 * factors + activations + measuring
     pencils = [pencil_cost(d, params.spectrum.directions) for d in shape.inputs]
     solving = max(3 * DOUBLE * d**2 + memory for d, (_, memory) in zip(shape.inputs, pencils, strict=True))
     summed = shape.passes(params.covariance.memory_budget)  # how much of the layer inputs in each pass
     saved = (train.checkpoints + 1) * factors
+    texts = [(proxy.heldout_sequences, proxy.max_length)]
+    texts += [(text.rows, text.max_length) for text in params.evaluation.texts.values()]
+    jobs, measured = 1 + len(params.methods), 1 + len(params.runs) * train.checkpoints  # the base model is one of each
+    read = sum(rows * tokens for rows, tokens in texts)
+    known = [kept_bytes(rows * tokens, shape.vocabulary) for rows, tokens in texts]  # the base model's predictions
+    # these are made once a job, or else with every reading
+    passes = [measured + (jobs if kept else measured) for kept in known]
+    read_at_once = max(min(params.evaluation.batch_size, rows) * tokens for rows, tokens in texts)
 
     def stage(name: str, jobs: int, tokens: int, memory: float, disk: float, operations: float) -> StagePlan:
         seconds = OVERHEAD * operations / (double if name == "spectrum" else single)
@@ -292,7 +305,28 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             len(steps) * saved,
             (2 + train.gradient_checkpointing) * forward * trained,
         ),
+        stage(
+            "evaluate",
+            jobs,
+            measured * read,
+            shape.size + factors + sum(known) + read_at_once * max(5 * scores, hidden + 3.5 * scores),
+            2 * SINGLE * (1 + len(params.runs)) * read,
+            forward * sum(count * rows * tokens for count, (rows, tokens) in zip(passes, texts, strict=True)),
+        ),
     ]
+
+
+def measured_stages(params: Params, shape: Shape, device: str) -> list[StagePlan]:
+    """Every stage at the speeds that this machine has now: of this device, and of its CPU for the spectrum."""
+    return plan_stages(params, shape, _speed("float32", device), _speed("float64", "cpu"))
+
+
+def kept_bytes(positions: int, vocabulary: int) -> int:
+    """Bytes of the base model's predictions of a text that the evaluation keeps; 0 where they are too many."""
+    from folora.divergence import KEPT_BYTES
+
+    size = SINGLE * positions * vocabulary
+    return size if size <= KEPT_BYTES else 0
 
 
 def pencil_cost(d: int, directions: int | None) -> tuple[float, float]:
@@ -361,6 +395,35 @@ def _beyond(memory: Memory, stages: list[StagePlan]) -> list[str]:
     return found
 
 
+def _left_out(model: PreTrainedModel, params: Params, shape: Shape, stages: list[StagePlan]) -> list[str]:
+    """Which layer inputs, wider than all that are adapted, have no basis, and what it would take."""
+    import torch
+
+    from folora.layers import adapted_layers, input_groups
+
+    layers = adapted_layers(model, "all-linear")
+    left = {name: layer for name, layer in layers.items() if layer.in_features > max(shape.inputs)}
+    with suppress(FoLoRAError):  # a layer that no forward pass reaches, which is left out for that
+        leaders = list(input_groups(model, left, torch.zeros((1, 2), dtype=torch.long, device="meta")))
+        return [_cost_of(d, leaders, left, params, stages) for d in sorted({left[one].in_features for one in leaders})]
+    return []
+
+
+def _cost_of(d: int, leaders: list[str], left: dict[str, Linear], params: Params, stages: list[StagePlan]) -> str:
+    """What the inputs of width d would take that are left out."""
+    own = [name for name in leaders if left[name].in_features == d]
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in own))
+    operations, memory = pencil_cost(d, params.spectrum.directions)
+    planned = next(stage for stage in stages if stage.stage == "spectrum")
+    solved = len(params.tasks) * len(params.proxy.sources)
+    times = 1 + solved * len(own) * operations / planned.operations
+    moments, solving = _bytes(len(own) * DOUBLE * half_size(d)), _bytes(3 * DOUBLE * d**2 + memory)
+    return (
+        f"adapter.target_modules: {len(own)} inputs of width {d:,} ({names}) are left out; with them the moments of a "
+        f"text take {moments} more, a job of spectrum {solving}, all of these {times:.1f} times the operations"
+    )
+
+
 def _truncated(shape: Shape, directions: int | None) -> list[str]:
     """Which layer inputs keep some of their directions only, and what that saves."""
     found = []
@@ -372,6 +435,43 @@ def _truncated(shape: Shape, directions: int | None) -> list[str]:
             f"the greatest λ, {saved}; the others are shut"
         )
     return found
+
+
+def _asked(params: Params) -> str:
+    """How many items of evaluation tasks are asked, where that can be told here."""
+    settings, last = params.evaluation, "the time that they take is not known"
+    items = {name: _items(name, settings) for name in params.evaluation_tasks()}
+    known = {name: count for name, count in items.items() if count is not None}
+    if len(known) < len(items):
+        first = next(name for name in items if name not in known)
+        return (
+            f"evaluate: the items of {len(items) - len(known)} evaluation tasks, {first} the first, are not here to be "
+            f"counted, and {last}; evaluation.limit takes the first so many of each"
+        )
+    each = {
+        name: sum(known[one] for one in {task.target, task.validation, *settings.kept})
+        for name, task in params.tasks.items()
+    }
+    of_runs = params.train.checkpoints * sum(each[run.task] for run in params.runs.values())
+    asked = f"{sum(known.values()):,} items for the base model, {of_runs:,} for all checkpoints"
+    if settings.limit:  # a task of a hub may have fewer
+        asked = f"at most {asked} (of a group: for each of its parts)"
+    return f"evaluate: {asked}; {last}"
+
+
+def _items(name: str, settings: Evaluation) -> int | None:
+    """Items of an evaluation task: of rows that are here, or else as many as are asked at most; None: who knows."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    folder = Path(settings.tasks)
+    try:
+        task = YAML(typ="safe", pure=True).load(folder / "evaluation" / f"{name}.yaml")
+        split = task.get("test_split") or task.get("validation_split") or "test"
+        rows = read_rows(str(folder / task["dataset_kwargs"]["data_files"][split]), "evaluation.tasks")
+    except (FoLoRAError, OSError, YAMLError, LookupError, TypeError, AttributeError):
+        return settings.limit  # of a hub, or not made yet; what is wrong with it the evaluation says
+    return min(len(rows), settings.limit or len(rows))
 
 
 def _in_passes(shape: Shape, budget: int | None, stages: list[StagePlan]) -> list[str]:
