@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ class Outcome:
 
     Attributes:
         stages: in the graph.
+        planning: seconds of a dry run before all, which says that each of them will run.
         before: done when Snakemake ended that was told to stop.
         running: seconds until it was told.
         recording: seconds from then until it ended.
@@ -62,6 +64,7 @@ class Outcome:
     """
 
     stages: int
+    planning: float
     before: int
     running: float
     recording: float
@@ -89,6 +92,10 @@ def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float =
     place.chmod(0o755)
     environment = os.environ | {"PATH": f"{place.parent}:{os.environ['PATH']}", "MADE": str(made), "PAUSE": str(pause)}
     command = ["snakemake", "--quiet", "--cores", str(cores)]
+    dry_run = partial(_dry_run, workspace, environment, cores)
+    stages = resolve_stages(workspace).values()
+    planned = time.monotonic()
+    assert re.search(rf"^total +{len(stages) + 1}$", dry_run(), re.MULTILINE)  # and the rule `all`
     begun = time.monotonic()
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background processes ignore
     with subprocess.Popen(
@@ -102,15 +109,12 @@ def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float =
     recorded = YAML(typ="safe").load(workspace / "dvc.lock")["stages"]
     subprocess.run(command, cwd=workspace, env=environment, check=True, stderr=subprocess.DEVNULL)
     done = time.monotonic()
-    dry = subprocess.run(
-        ["snakemake", "--dry-run", *command[2:]], cwd=workspace, env=environment, check=True, capture_output=True
-    )
-    assert b"Nothing to be done" in dry.stdout + dry.stderr, dry.stdout
+    assert "Nothing to be done" in dry_run()
     looked = time.monotonic()
-    stages = resolve_stages(workspace).values()
     times = Counter(made.read_text().splitlines())
     return Outcome(
         stages=len(stages),
+        planning=begun - planned,
         before=before,
         running=told - begun,
         recording=ended - told,
@@ -121,6 +125,13 @@ def measure(folder: Path, runs: int, cores: int, stop_after: int, pause: float =
         ),
         nothing_to_do=looked - done,
     )
+
+
+def _dry_run(workspace: Path, environment: dict[str, str], cores: int) -> str:
+    """What Snakemake says it would do."""
+    command = ["snakemake", "--dry-run", "--cores", str(cores)]
+    done = subprocess.run(command, cwd=workspace, env=environment, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def make_matrix(folder: Path, runs: int) -> Path:

@@ -149,7 +149,7 @@ def _edit(path: Path, changes: dict[str, str]) -> None:
 
 def _wait_for(workspace: Path, pattern: str) -> None:
     """Wait until a workspace has such a file."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not list(workspace.glob(pattern)):
         assert time.monotonic() < deadline, f"no {pattern}"
         time.sleep(0.05)
