@@ -4,7 +4,7 @@
     python benchmarks/simulate.py --preset llama-3-8b --planned FOLDER --workers 8 64 512
 
 With ``--planned`` stages take what ``folora plan`` foresees of a model, whose ``config.json`` is in the folder; those
-that it does not know, such as evaluations, take nothing.
+that it does not know take nothing, and evaluations what the texts do that drift is measured on.
 
 A worker runs one stage at a time, and then takes the first one in the graph's order whose inputs are there: how long a
 stage will take is known to nobody beforehand. The best order would take half as long at least (Graham 1969). A job
@@ -169,7 +169,7 @@ def planned_costs(
     shape, _ = shape_of(empty_model(params, folder), params)
     seconds = {plan.stage: plan.seconds / plan.jobs for plan in plan_stages(params, shape, single, double)}
     return {
-        output: seconds.get(_kind(name).removesuffix("-proxy").removesuffix("-task"), 0.0)
+        output: seconds.get(_kind(name).partition("-")[0], 0.0)
         for name, stage in stages.items()
         for output in stage.outputs
     }

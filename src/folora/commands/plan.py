@@ -295,7 +295,7 @@ def plan_stages(params: Params, shape: Shape, single: float, double: float) -> l
             0,
             solving,
             solved * spectrum,
-            solved * sum(operations for operations, _ in pencils),
+            solved * _pencils(params) * sum(operations for operations, _ in pencils),
         ),
         stage(
             "train",
@@ -335,6 +335,11 @@ def pencil_cost(d: int, directions: int | None) -> tuple[float, float]:
         return EIGENPROBLEM * float(d) ** 3, 8.0 * DOUBLE * d**2
     columns = krylov_columns(directions)
     return d**3 / 3 + 4.0 * d**2 * columns + 8.0 * d * columns**2, 3.0 * DOUBLE * (d**2 + d * columns)
+
+
+def _pencils(params: Params) -> int:
+    """Pencils that are solved of each layer input: that of one half of the proxy text too, where it has shards."""
+    return 2 if len(params.proxy.shards) > 1 else 1
 
 
 def _step_tokens(params: Params, run: Run, length: int) -> int:
@@ -416,7 +421,7 @@ def _cost_of(d: int, leaders: list[str], left: dict[str, Linear], params: Params
     operations, memory = pencil_cost(d, params.spectrum.directions)
     planned = next(stage for stage in stages if stage.stage == "spectrum")
     solved = len(params.tasks) * len(params.proxy.sources)
-    times = 1 + solved * len(own) * operations / planned.operations
+    times = 1 + solved * _pencils(params) * len(own) * operations / planned.operations
     moments, solving = _bytes(len(own) * DOUBLE * half_size(d)), _bytes(3 * DOUBLE * d**2 + memory)
     return (
         f"adapter.target_modules: {len(own)} inputs of width {d:,} ({names}) are left out; with them the moments of a "
