@@ -181,8 +181,8 @@ def test_a_revision_that_moved_is_an_error(pipeline: Pipeline, save_params: Save
         moved = pinned_by(address, params(None), tmp_path)
         assert moved.returncode == 1
         assert moved.stderr.strip() == (
-            f"folora: foundation.revision: me/tiny@main moved from {COMMIT} to {later}: name the first to go on with the "
-            "model that was pinned here, or the second to begin anew"
+            f"folora: foundation.revision: me/tiny@main moved from {COMMIT} to {later}: name the first to go on with "
+            "the model that was pinned here, or the second to begin anew"
         )
         assert not (tmp_path / "foundation").exists()
         assert not list((tmp_path / "home").rglob(f"{later}/*.safetensors"))

@@ -211,8 +211,8 @@ def test_what_llama_3_8b_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert "down_proj" not in params.adapter.target_modules
     (line,) = [line for line in make_plan(params).warnings if line.startswith("adapter.target_modules: ")]
     assert line == (
-        "adapter.target_modules: 32 inputs of width 14,336 (down_proj) are left out; with them the moments of a text take "
-        "29.6 GB more, a job of spectrum 18.1 GB, all of these 15.3 times the operations"
+        "adapter.target_modules: 32 inputs of width 14,336 (down_proj) are left out; with them the moments of a text "
+        "take 29.6 GB more, a job of spectrum 18.1 GB, all of these 15.3 times the operations"
     )
     whole = params.model_copy(update={"adapter": params.adapter.model_copy(update={"target_modules": "all-linear"})})
     assert not any("are left out" in line for line in make_plan(whole).warnings)
