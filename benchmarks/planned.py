@@ -2,8 +2,8 @@
 
     cd FOLDER && python benchmarks/planned.py
 
-Memory is the greatest of a stage's jobs, time all of them together. Evaluations are left out: the items of their tasks are
-no part of the plan. Its time follows from the speed of this machine now: run it where the stages ran.
+Memory is the greatest of a stage's jobs, time all of them together. Evaluations are left out: items of their tasks
+are no part of the plan. Its time follows from the speed of this machine now: run it where the stages ran.
 """
 
 from __future__ import annotations
