@@ -31,7 +31,7 @@ WRONG = "data.jsonl, row 0: 'answer' is undefined: mend the template in params.y
 def with_rows(pipeline: Pipeline, tmp_path: Path) -> WithRows:
     """Parameters whose task has these rows, and other changes."""
 
-    def values(rows: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    def values(rows: list[dict[str, Any]], /, **changes: Any) -> dict[str, Any]:
         path = tmp_path / "data.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         task = {"dataset": str(path), "prompt": "{{ question }}>", "response": "{{ answer }}"}

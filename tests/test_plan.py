@@ -199,7 +199,7 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
     stages = {stage.stage: stage for stage in plan.stages}
     assert stages["proxy"].tokens == 256 * 2048
     assert stages["evaluate"].tokens == (1 + 36 * 2) * 64 * 2048
-    assert plan.warnings[-1].startswith("evaluate: at most 6,500 items for the base model, 324,000 for all checkpoints")
+    assert plan.warnings[-1].startswith("evaluate: at most 7,500 items for the base model, 396,000 for all checkpoints")
     rows = {"math": 512, "code": 512, "instruction": 512}
     assert stages["covariance"].tokens == 256 * 2048 + sum(256 * length for length in rows.values())
     assert {run.task for run in params.runs.values()} == rows.keys()

@@ -338,9 +338,9 @@ def _base(foundation: Path, params: Params, stage: str) -> Base:
         from folora.commands.first_rows import check_tasks
         from folora.commands.plan import head_line
 
+        print(head_line(params, base.folder, stage), file=sys.stderr)
         if stage in BEFORE_TASKS:
             check_tasks(params, base.load_tokenizer())
-        print(head_line(params, base.folder, stage), file=sys.stderr)
     return base
 
 
