@@ -56,7 +56,7 @@ COSTS_NOTE = (
     "The checkpoint at the best rate. Base weights, of the adapted layers while training: unchanged; trained; or "
     "W - s B₀A₀, without the part that the adapter starts as. An adapter is for the untouched base model all the same; "
     "weights replace its own. Step time and memory depend on the machine: folora cost shows them where the runs were "
-    "trained, and folora cost --page FILE writes a copy of the page that has them."
+    "trained."
 )
 COSTS_HEAD = ["method", "trained parameters", "base weights", "checkpoint", "rank", "size"]
 DIFFERENCES_HEAD = ["method", "kept", "p", "target", "p"]
