@@ -346,7 +346,7 @@ def test_both_tell_what_is_trained_and_which_differences_are_told_apart(report: 
     for note in (differences_note("lora"), COSTS_NOTE, RATE_NOTE):
         assert note in text
         assert note in page
-    assert "folora cost --page" in COSTS_NOTE
+    assert "folora cost shows them" in COSTS_NOTE
 
 
 @pytest.mark.parametrize(
