@@ -23,6 +23,7 @@ from folora.storage import (
     check_manifest,
     digest_of,
     digest_of_file,
+    digest_of_folder,
     identity_of,
     made_with,
     publish,
@@ -324,3 +325,12 @@ def test_text_that_is_none_is_named(tmp_path: Path) -> None:
     write_table(tmp_path / "x", pa.table({"a": text}), {})
     with pytest.raises(FoLoRAError, match=r"x: damaged or truncated .*UTF"):
         read_table(tmp_path / "x")
+
+
+def test_the_digest_of_a_folder_is_the_same_under_both_runners(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    before = digest_of_folder(tmp_path)
+    (tmp_path / ".snakemake_timestamp").touch()
+    assert digest_of_folder(tmp_path) == before
+    (tmp_path / "b.txt").touch()
+    assert digest_of_folder(tmp_path) != before

@@ -39,6 +39,7 @@ M = TypeVar("M", bound="BaseModel")
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
+SNAKEMAKE_STAMP = ".snakemake_timestamp"  # a file that it puts into a folder it has made
 MADE_WITH = "made_with"
 LIBRARIES = ("torch", "transformers", "peft", "lm-eval", "numpy", "tokenizers")  # what artefacts are computed with
 CONDITIONS: dict[str, Any] = {}  # the threads of this process, where its command fixed them, and its GPU
@@ -171,8 +172,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def digest_of_folder(folder: Path, pattern: str = "*") -> str:
-    """SHA-256 of the names and contents of a folder's files at any depth, in hexadecimal."""
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    """SHA-256 of the names and contents of a folder's files at any depth but Snakemake's, in hexadecimal."""
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name != SNAKEMAKE_STAMP)
     return digest_of({path.relative_to(folder).as_posix(): digest_of_file(path) for path in files})
 
 

@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from folora.dag import output_hashes, resolve_stages
 from folora.errors import FoLoRAError
 from folora.git import git
-from folora.storage import MADE_WITH, METADATA_KEY, read_json
+from folora.storage import MADE_WITH, METADATA_KEY, SNAKEMAKE_STAMP, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ def verify_files(root: Path, other: Path) -> list[Verdict]:
                 str(path.relative_to(folder))
                 for folder in (root, other)
                 for path in ((folder / output).rglob("*") if (folder / output).is_dir() else [folder / output])
-                if not path.is_dir() and path.name != ".snakemake_timestamp"
+                if not path.is_dir() and path.name != SNAKEMAKE_STAMP
             }
             for name in sorted(names):
                 for one in deviations(root / name, other / name):
