@@ -22,7 +22,7 @@ from folora.errors import FoLoRAError
 from folora.params import load_params
 
 if TYPE_CHECKING:
-    from folora.commands.plan import StagePlan
+    from folora.commands.stage_plans import StagePlan
 
 
 @dataclass(frozen=True)

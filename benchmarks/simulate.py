@@ -26,7 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from folora.commands.plan import empty_model, plan_stages, shape_of
+from folora.commands.shape import empty_model, shape_of
+from folora.commands.stage_plans import plan_stages
 from folora.costs import LEDGER, read_costs
 from folora.dag import Stage, resolve_stages
 from folora.errors import FoLoRAError

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 from folora.base import Base
 from folora.cli import app
-from folora.commands.plan import LIBRARIES, Plan, empty_model, kept_bytes, make_plan, plan_stages, shape_of
+from folora.commands.plan import Plan, make_plan
+from folora.commands.shape import empty_model, shape_of
+from folora.commands.stage_plans import LIBRARIES, kept_bytes, plan_stages
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.layers import adapted_layers
@@ -192,7 +194,7 @@ def test_a_stage_says_what_it_takes_before_it_begins(
 
 @pytest.mark.parametrize("name", HUB_MODELS)
 def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folora.commands.plan._config", lambda *_: HUB_MODELS[name])
+    monkeypatch.setattr("folora.commands.shape._config", lambda *_: HUB_MODELS[name])
     params = load_params(ROOT / "workflow" / "presets" / f"{name}.yaml")
     plan = make_plan(params)
     assert all(stage.memory < 80e9 for stage in plan.stages)
@@ -206,7 +208,7 @@ def test_presets_of_hub_models_fit_one_large_gpu(name: str, monkeypatch: pytest.
 
 
 def test_what_llama_3_8b_leaves_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folora.commands.plan._config", lambda *_: HUB_MODELS["llama-3-8b"])
+    monkeypatch.setattr("folora.commands.shape._config", lambda *_: HUB_MODELS["llama-3-8b"])
     params = load_params(PRESETS / "llama-3-8b.yaml")
     assert "down_proj" not in params.adapter.target_modules
     (line,) = [line for line in make_plan(params).warnings if line.startswith("adapter.target_modules: ")]
@@ -226,7 +228,7 @@ def test_a_preset_gives_its_jobs_the_memory_that_they_take(name: str, monkeypatc
     params = load_params(ROOT / "params.yaml" if name == "default" else PRESETS / f"{name}.yaml")
     if isinstance(params.foundation, PretrainedFoundation):
         config = HUB_MODELS.get(name, HUB_MODELS["smollm2-135m"])
-        monkeypatch.setattr("folora.commands.plan._config", lambda *_: config)
+        monkeypatch.setattr("folora.commands.shape._config", lambda *_: config)
     assert not [line for line in make_plan(params).warnings if line.startswith("memory: ")]
     less = params.model_copy(update={"memory": params.memory.model_copy(update={"proxy": 500})})
     told = [line for line in make_plan(less).warnings if line.startswith("memory: ")]
@@ -256,7 +258,7 @@ def test_seventy_billion_parameters_are_planned(monkeypatch: pytest.MonkeyPatch)
         num_attention_heads=64,
         num_key_value_heads=8,
     )
-    monkeypatch.setattr("folora.commands.plan._config", lambda *_: config)
+    monkeypatch.setattr("folora.commands.shape._config", lambda *_: config)
     params = load_params(ROOT / "workflow" / "presets" / "llama-3-8b.yaml")
     shape, _ = shape_of(empty_model(params), params)
     assert shape.parameters == 70_553_706_496

@@ -343,7 +343,7 @@ def test_both_tell_what_is_trained_and_which_differences_are_told_apart(report: 
         cells += [f"{value:+.2f} [{low:z.2f}, {high:z.2f}]", f"{p:.3f}"]
     assert f"| folora-replay | {' | '.join(cells)} |" in text
     assert "| lora | 1,234 | unchanged | LoRA | 4 | 57 kB |" in text
-    for note in (differences_note("lora"), COSTS_NOTE, RATE_NOTE):
+    for note in (differences_note("lora"), COSTS_NOTE):
         assert note in text
         assert note in page
     assert "folora cost shows them" in COSTS_NOTE
@@ -392,7 +392,9 @@ def test_a_best_rate_at_an_end_of_those_tried_is_marked(
     text = (tmp_path / "report" / "summary.md").read_text()
     assert f"| lora | {shown} |" in text
     assert "| folora-replay | 0.01 |" in text
+    page = Page(tmp_path / "report" / "index.html")
     assert f"<td>{shown}</td>" in (tmp_path / "report" / "index.html").read_text()
+    assert (RATE_NOTE in text, RATE_NOTE in page.text) == (bool(expected), bool(expected))
 
 
 def test_drift_has_intervals_over_the_rows_of_a_text(full: Path, evaluations: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from simulate import Job, critical_path, enough, graph_of, jobs_of, makespan, outlook, planned_costs, schedule
 from transformers import LlamaConfig
 
-from folora.commands.plan import empty_model, plan_stages, shape_of
+from folora.commands.shape import empty_model, shape_of
+from folora.commands.stage_plans import plan_stages
 from folora.errors import FoLoRAError
 from folora.foundation import LOADING
 from folora.params import PretrainedFoundation

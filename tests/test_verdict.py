@@ -29,7 +29,7 @@ def study(gains: dict[str, tuple[float, float]], kl_ratio: float | None = 2.0, *
     arms = {"folora": arm("folora", matches=matches)} | {other: arm(other) for other in ("lora", *gains)}
     records = [{"run": "folora-run", "step": 6, **record}]
     comparison = Comparison("x", "lora", [0], list(arms), {}, arms)
-    return Study(comparison, "folora", [], {}, records, [], pairs, {}, {}, [], [], [])
+    return Study(comparison, "folora", [], {}, records, [], pairs, {}, {}, [], [], [], {})
 
 
 @pytest.mark.parametrize(

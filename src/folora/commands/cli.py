@@ -186,7 +186,8 @@ def cost(
 def plan(as_json: AsJson = False, params_file: ParamsFile = DEFAULT_PARAMS) -> None:
     """Say what a parameter file asks of this machine: memory, disk, tokens and about how long, before it is spent."""
     from folora.commands.first_rows import check_tasks
-    from folora.commands.plan import StagePlan, duration, make_plan
+    from folora.commands.plan import make_plan
+    from folora.commands.stage_plans import StagePlan, duration
     from folora.coverage import print_coverage
     from folora.params import load_params
 

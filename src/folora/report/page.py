@@ -94,6 +94,7 @@ def _sections(params: Params, inputs: Inputs, study: Study) -> dict[str, Any]:
         "marked": [BASE, *study.highlighted],
         "verdict": verdict(study),
         "area_note": text.area_note(study),
+        "rate_note": text.rate_note(study),
         "arms": text.arm_cells(study),
         "differences": text.difference_cells(study),
         "budgets": text.budget_cells(study),

@@ -77,6 +77,11 @@ def matched_note(reference: str) -> str:
     )
 
 
+def rate_note(study: Study) -> str:
+    """What the marks at rates mean; empty where no method has one."""
+    return RATE_NOTE if any(arm_row(study, method)["rate_is"] for method in study.comparison.arms) else ""
+
+
 def differences_note(reference: str) -> str:
     """What the table of ``difference_cells`` shows."""
     return (
@@ -249,7 +254,9 @@ def markdown(studies: list[Study], params: Params) -> str:
     parts = []
     for study in studies:
         parts += [f"### {study.name}\n", f"{verdict(study)}\n", _table(list(ARMS), arm_cells(study))]
-        parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n", f"{RATE_NOTE}\n"]
+        parts += [f"\\* {matched_note(study.reference)}\n", f"area: {area_note(study)}\n"]
+        marks = rate_note(study)
+        parts += [f"{marks}\n"] if marks else []
         parts += [f"{BUDGETS_NOTE}\n", _table(BUDGETS, budget_cells(study))] if study.budgets else []
         parts += [_table(["method", *study.kept], kept_cells(study))]
         differences, note = difference_cells(study), differences_note(study.reference)
