@@ -8,6 +8,7 @@ sharded by FSDP2: each process holds a part, and a block is whole while it compu
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from typing import TYPE_CHECKING, TypeVar
@@ -39,7 +40,7 @@ def rank() -> int:
 
 
 def join(device: str) -> None:
-    """Meet the other processes, each on a device of its own.
+    """Meet the other processes, each on a device of its own, and part from them where this one ends.
 
     Raises:
         FoLoRAError: accelerate was asked to shard the adapter, or to change what a training computes; or there are
@@ -60,7 +61,9 @@ def join(device: str) -> None:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device == "cuda" and here > torch.cuda.device_count():
             raise FoLoRAError(f"{here} processes start here, GPUs: {torch.cuda.device_count()}: start one for each GPU")
-        PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu")
+        # a thread of the group's that outlives the interpreter ends a finished training with SIGABRT, now and then
+        atexit.register(state.destroy_process_group)
 
 
 def share_of(rows: int) -> int:
