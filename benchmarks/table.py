@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "start",
     "nothing_to_do",
+    "main_job",
     "jobs",
 ]
 HEAD = ["what", "peer or limit", "work", "ours", "peer", "ratio", "asked", ""]
