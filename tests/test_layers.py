@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from folora.layers import adapted_layers, batches, input_groups
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=50)
 IDS = torch.tensor([[3, 1, 4, 1]])
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAMED = "layers.1.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,18 @@ def test_a_target_without_a_layer_is_named_beside_what_there_is(model: LlamaForC
     with pytest.raises(FoLoRAError, match=rf"target_modules: '{target}' matches no .* down_proj, .*, q_proj") as error:
         adapted_layers(model, ["q_proj", target])
     assert all(name in str(error.value) for name in NAMES)
+
+
+def test_a_target_that_some_blocks_lack_is_to_be_named_in_each(model: LlamaForCausalLM) -> None:
+    mixed = deepcopy(model)
+    mixed.model.layers[0].self_attn = nn.Identity()
+    with pytest.raises(FoLoRAError) as error:
+        adapted_layers(mixed, ["up_proj", "q_proj"])
+    some = "'q_proj' is in 1 of the 2 model.layers only"
+    assert str(error.value) == f"adapter.target_modules: {some}: name each that is meant, as in {NAMED!r}"
+    assert list(adapted_layers(mixed, ["up_proj", NAMED])) == [
+        "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    ]  # fmt: skip
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

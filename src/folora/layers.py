@@ -33,7 +33,7 @@ def adapted_layers(model: PreTrainedModel, target_modules: Literal["all-linear"]
             a module name, as PEFT matches them.
 
     Raises:
-        FoLoRAError: an entry matches no linear layer.
+        FoLoRAError: an entry matches no linear layer, or only some blocks have one.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if target_modules == "all-linear":
@@ -42,13 +42,35 @@ def adapted_layers(model: PreTrainedModel, target_modules: Literal["all-linear"]
         if not chosen:
             raise FoLoRAError(f"adapter.target_modules: {type(model).__name__} has no torch.nn.Linear layer to adapt")
         return chosen
-    for target in target_modules:
-        if not any(_matches(name, target) for name in linear):
+    matching = {target: [name for name in linear if _matches(name, target)] for target in target_modules}
+    for target, names in matching.items():
+        if not names:
             kinds = sorted({name.rpartition(".")[2] for name in linear})
             raise FoLoRAError(
                 f"adapter.target_modules: {target!r} matches no linear layer; there are {', '.join(kinds)}"
             )
-    return {name: module for name, module in linear.items() if any(_matches(name, t) for t in target_modules)}
+        _check_every_block(model, target, names)
+    chosen = set().union(*matching.values())
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _check_every_block(model: PreTrainedModel, target: str, names: list[str]) -> None:
+    """See that a name without a block's number matches in all blocks, or all experts, or in none.
+
+    Raises:
+        FoLoRAError: it matches in some.
+    """
+    if any(part.isdigit() for part in target.split(".")):
+        return
+    for parent, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList):
+            within = [name for name in names if name.startswith(f"{parent}.")]
+            numbers = {name.removeprefix(f"{parent}.").partition(".")[0] for name in within}
+            if within and len(numbers) < len(blocks):
+                some = f"{target!r} is in {len(numbers)} of the {len(blocks)} {parent} only"
+                raise FoLoRAError(
+                    f"adapter.target_modules: {some}: name each that is meant, as in {within[0].partition('.')[2]!r}"
+                )
 
 
 def _matches(name: str, target: str) -> bool:
