@@ -13,11 +13,13 @@ from folora.gate import soft_gate
 from folora.health import LEADING_TOLERANCE, breaches
 from folora.moments import Moments
 from folora.pencil import (
+    CONVERTED,
     effective_rank,
     estimated_inverse_trace,
     extreme_eigenvalues,
     krylov_columns,
     normalise,
+    normalised_product,
     solve,
     solve_spectrum,
 )
@@ -135,6 +137,15 @@ def test_normalise_sets_the_trace_and_mixes_the_identity() -> None:
     matrix_close(plain / plain[0, 0], raw / raw[0, 0])
     spectrum = torch.linalg.eigvalsh(plain)
     matrix_close(torch.linalg.eigvalsh(mixed), 0.75 * spectrum + 0.25)
+
+
+@pytest.mark.parametrize("width", [1, CONVERTED, 2 * CONVERTED + 3])
+def test_rows_are_multiplied_with_the_normalised_moment(width: int) -> None:
+    root, A = noise(1, width, width), noise(2, 5, width)
+    raw = (root @ root.mT).float()
+    for shrinkage in (0.0, 0.25):
+        found = normalised_product(A, raw, shrinkage)
+        matrix_close(found, A @ normalise(raw.double(), shrinkage))
 
 
 @pytest.mark.parametrize("side", ["penalty", "utility"])

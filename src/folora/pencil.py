@@ -38,6 +38,7 @@ POWER_STEPS = 15  # of the power iteration for the extreme eigenvalues of the pe
 KRYLOV_BLOCK = 64
 KRYLOV_SHARE = 2.5  # columns of the first Krylov basis for each direction that is asked for
 KRYLOV_DOUBLINGS = 2  # of its width, as long as the directions have not converged
+CONVERTED = 256  # rows of a moment that are made float64 at once: they are read while they are in the cache
 STORED = torch.finfo(torch.float32)  # what a moment is kept as
 
 
@@ -205,6 +206,15 @@ def normalise(moment: Tensor, shrinkage: float = 0.0) -> Tensor:
     mixed = moment * ((1 - shrinkage) * d / moment.trace())
     mixed.diagonal().add_(shrinkage)
     return mixed
+
+
+def normalised_product(A: Tensor, moment: Tensor, shrinkage: float = 0.0) -> Tensor:
+    """A @ normalise(moment, shrinkage), (n, d) as A and of its type, without a copy of the moment in that type."""
+    scale = (1 - shrinkage) * len(moment) / moment.diagonal().to(A).sum()
+    product = shrinkage * A
+    for columns, rows in zip((scale * A).split(CONVERTED, 1), moment.split(CONVERTED), strict=True):
+        product += columns @ rows.to(A)
+    return product
 
 
 def solve(penalty: Tensor, utility: Tensor, *, shrinkage: float, directions: int | None = None, name: str) -> Pencil:

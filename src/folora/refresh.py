@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from folora.adapter import AdaptedModel
-    from folora.deltas import LoRALayer
     from folora.moments import Moments
     from folora.pencil import LayerSpectrum
 
@@ -92,8 +91,8 @@ class ColumnGates:
         groups: the adapted layers.
         first: place of the first layer's B among the parameter groups; the others follow in order.
         every: steps between two readings.
-        moments: C_p and C_t of a group.
-        gates: of any λ, for each group.
+        products: A C_p and A C_t of any rows A (n, d), for each group.
+        gates: of any λ, likewise.
         rotated: whether B's columns get coordinates.
         gate_gradient: whether the gate multiplies the gradient instead of the update.
     """
@@ -104,36 +103,43 @@ class ColumnGates:
         first: int,
         *,
         every: int,
-        moments: Callable[[LayerGroup], tuple[Tensor, Tensor]],
+        products: list[Callable[[Tensor], tuple[Tensor, Tensor]]],
         gates: list[Callable[[Tensor], Tensor]],
         rotated: bool,
         gate_gradient: bool,
     ) -> None:
-        self._groups, self._first, self._every = list(zip(groups, gates, strict=True)), first, every
-        self._moments, self._rotated, self._gate_gradient = moments, rotated, gate_gradient
+        self._groups, self._first, self._every = list(zip(groups, products, gates, strict=True)), first, every
+        self._rotated, self._gate_gradient = rotated, gate_gradient
 
     @torch.no_grad()
     def __call__(self, optimizer: Any, *_: Any) -> None:
         if optimizer.steps % self._every == 0:
             position = self._first
-            for group, gates_of in self._groups:
-                moments = tuple(moment.to(group.layers[0].A.device) for moment in self._moments(group))
-                for layer in group.layers:
+            for group, products, gates_of in self._groups:
+                ranks = [len(layer.A) for layer in group.layers]
+                rows = torch.cat([_finite(layer.A, layer.name) for layer in group.layers]).double()
+                each = zip(group.layers, *(part.split(ranks) for part in (rows, *products(rows))), strict=True)
+                for layer, *parts in each:
                     old = optimizer.coordinates[position].basis
-                    basis, eigenvalues = self._read(layer, *moments)
+                    basis, eigenvalues = self._read(layer.name, *parts)
                     carry_over(optimizer, [layer.B], old, basis)
                     new = {"basis": None if basis is None else basis.float(), "gate": gates_of(eigenvalues).float()}
                     optimizer.turn(position, Coordinates(**new, gate_gradient=self._gate_gradient))
                     position += 1
 
-    def _read(self, layer: LoRALayer, penalty: Tensor, utility: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Coordinates (r, r) of the columns of a layer's B, if they get any, and their λ (r,)."""
-        A = _finite(layer.A, layer.name).double()
-        seen_penalty, seen_utility = A @ penalty, A @ utility  # (r, d)
+    def _read(self, name: str, A: Tensor, A_penalty: Tensor, A_utility: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Coordinates (r, r) of the columns of a layer's B, if they get any, and their λ (r,).
+
+        Args:
+            name: of the layer.
+            A: (r, d).
+            A_penalty: A C_p, (r, d).
+            A_utility: A C_t, (r, d).
+        """
         if not self._rotated:
-            return None, (seen_utility * A).sum(1) / (seen_penalty * A).sum(1)
-        penalty, utility = seen_penalty @ A.mT, seen_utility @ A.mT
-        eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=layer.name)
+            return None, (A_utility * A).sum(1) / (A_penalty * A).sum(1)
+        penalty, utility = A_penalty @ A.mT, A_utility @ A.mT
+        eigenvalues, basis = directions_of(penalty, utility, shrinkage=1e-6, name=name)
         return basis, eigenvalues * (utility.trace() / penalty.trace())  # both traces were taken out
 
 

@@ -182,14 +182,25 @@ class FoLoRA(SpectralMethod):
     def moments(self, group: LayerGroup) -> tuple[Tensor, Tensor]:
         """C_p and C_t as the pencil sees them, float64."""
         from folora.pencil import normalise
+
+        penalty, utility = group.spectrum.penalty.double(), group.spectrum.utility.double()
+        return normalise(penalty, self.shrinkage_for(group)), normalise(utility)
+
+    def shrinkage_for(self, group: LayerGroup) -> float:
+        """Share of the identity in C_p."""
         from folora.shrinkage import shrinkage_of
 
-        spectrum = group.spectrum
-        penalty = spectrum.penalty.double()
-        share = spectrum.shrinkage if self.shrinkage is None else self.shrinkage
+        spectrum, share = group.spectrum, self.shrinkage
         if isinstance(share, str):
-            share = shrinkage_of(share, penalty, spectrum.proxy_fourth, spectrum.proxy_tokens)
-        return normalise(penalty, share), normalise(spectrum.utility.double())
+            return shrinkage_of(share, spectrum.penalty.double(), spectrum.proxy_fourth, spectrum.proxy_tokens)
+        return spectrum.shrinkage if share is None else share
+
+    def products(self, group: LayerGroup) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """A C_p and A C_t of any rows A (n, d), the moments as in ``moments``."""
+        from folora.pencil import normalised_product
+
+        spectrum, share = group.spectrum, self.shrinkage_for(group)
+        return lambda A: (normalised_product(A, spectrum.penalty, share), normalised_product(A, spectrum.utility))
 
     def initialise(self, groups: list[LayerGroup]) -> None:
         from folora.adapter import check_start
@@ -235,7 +246,7 @@ class FoLoRA(SpectralMethod):
                 adapted.groups,
                 first,
                 every=self.refresh_b,
-                moments=self.moments,
+                products=[self.products(group) for group in adapted.groups],
                 gates=[self.column_gates(group) for group in adapted.groups],
                 rotated=self.gate_b == "full",
                 gate_gradient=self.gate_on == "gradient",
