@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     Work = Callable[[], Any]
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does, for both sides
-
 SIZES = ("tiny", "full")  # tiny: sees that it works, in seconds
 MEASURED = "measured"  # in place of a bound
 
