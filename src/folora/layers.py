@@ -50,8 +50,8 @@ def adapted_layers(model: PreTrainedModel, target_modules: Literal["all-linear"]
                 f"adapter.target_modules: {target!r} matches no linear layer; there are {', '.join(kinds)}"
             )
         _check_every_block(model, target, names)
-    chosen = set().union(*matching.values())
-    return {name: module for name, module in linear.items() if name in chosen}
+    named = {name for names in matching.values() for name in names}
+    return {name: module for name, module in linear.items() if name in named}
 
 
 def _check_every_block(model: PreTrainedModel, target: str, names: list[str]) -> None:
