@@ -1,7 +1,7 @@
 """The main job from clean, under both runners on two cores, against what was asked of it; both make the same bytes.
 
 It takes as long as the job does, so each runner has one turn, whatever ``--repeats`` says; the tiny size is the
-first stage of the tiny preset. What runs is the last commit, in a clone, with the packages that this environment has.
+first stage of the tiny preset. Packages are those of this environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 from bench import Row, main
-from nothing_to_do import ROOT, run
+from nothing_to_do import ROOT, fresh_workspace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
     for name, command in RUNNERS.items():
         with tempfile.TemporaryDirectory() as folder:
             workspace = Path(folder) / "folora"
-            run(ROOT, "git", "clone", "--quiet", ".", str(workspace))
+            fresh_workspace(workspace)
             if size == "tiny":
                 shutil.copy(ROOT / "workflow" / "presets" / "tiny.yaml", workspace / "params.yaml")
             seconds, memory = watched(workspace, command + target)

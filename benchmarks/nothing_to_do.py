@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
+FILES = ("Snakefile", "dvc.yaml", "params.yaml", "profiles", "workflow", "src", ".dvcignore", ".gitignore")
 RUNNERS = {"dvc repro": ["dvc", "repro"], "snakemake -n": ["snakemake", "-n", "--quiet"]}
 MANY = 988  # runs: 1,000 stages
 BOUNDS = {"dvc repro": 5.0, "snakemake -n": 8.0}  # seconds, on the default preset
@@ -52,11 +53,7 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
 
 def make_workspace(workspace: Path, runs: int | None) -> int:
     """A workspace with so many runs (None: those of the default preset), all of them done; returns its stages."""
-    files = ["Snakefile", "dvc.yaml", "params.yaml", "profiles", "workflow", "src"]
-    workspace.mkdir()
-    for name in files:
-        source = ROOT / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    fresh_workspace(workspace)
     yaml = YAML()
     params: dict[str, Any] = yaml.load(workspace / "params.yaml")
     if runs is not None:
@@ -66,8 +63,6 @@ def make_workspace(workspace: Path, runs: int | None) -> int:
         params["runs"] = {f"r{number}": first | {"seed": number} for number in range(runs)}
         params["report"]["reference"] = first["method"]
         yaml.dump(params, workspace / "params.yaml")
-    run(workspace, "git", "init", "--quiet")
-    run(workspace, "dvc", "init", "--quiet")
     with chdir(workspace):
         stages = resolve_stages(Path())
         for stage in stages.values():
@@ -77,6 +72,16 @@ def make_workspace(workspace: Path, runs: int | None) -> int:
             write(Path(task["dataset"]) / "made")
         record_stages(Path(), list(stages))  # `dvc commit` would write the whole lock file once for every stage
     return len(stages)
+
+
+def fresh_workspace(workspace: Path) -> None:
+    """What the runners need of a clone, in a repository of its own."""
+    workspace.mkdir()
+    for name in FILES:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    run(workspace, "git", "init", "--quiet")
+    run(workspace, "dvc", "init", "--quiet")
 
 
 def write(path: Path) -> None:
