@@ -6,7 +6,6 @@ first stage of the tiny preset. Packages are those of this environment.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING
 import psutil
 from bench import Row, main
 from nothing_to_do import ROOT, fresh_workspace
+
+from folora.storage import digest_of_folder, require
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,10 +38,9 @@ def rows(size: str, repeats: int) -> Iterator[Row]:
             if size == "tiny":
                 shutil.copy(ROOT / "workflow" / "presets" / "tiny.yaml", workspace / "params.yaml")
             seconds, memory = watched(workspace, command + target)
-            made.append(digests(workspace / "artifacts"))
+            made.append(digest_of_folder(require(workspace / "artifacts")))
         yield asked(f"main job, {name}", work, seconds, SECONDS, "s")
         yield asked(f"the same, memory of all its processes, {name}", work, memory, BYTES, "bytes")
-    assert made[0], "the job makes artefacts"
     assert made[0] == made[1], "both runners make the same bytes"
 
 
@@ -62,12 +62,6 @@ def resident(process: psutil.Process) -> int:
         return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".snakemake_timestamp")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def asked(what: str, work: str, found: float, bound: float, unit: str) -> Row:
